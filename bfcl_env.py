@@ -1,0 +1,953 @@
+"""The world: the BFCL v4 multi-turn benchmark as an exact, safe and fast environment.
+
+  1. `load_tasks` reads the 800 tasks (4 categories x 200 ids) from the installed package bfcl-eval
+  2. `BfclEnv(task).messages()` opens a conversation: tool docs and the first user text
+  3. `env.step(text)` executes the calls in what the model wrote; a text without calls ends the turn
+  4. `env.verdict()` is what the official checker would say, with the paper's reward beside it
+
+Questions, answers, docs and the simulated API classes come from bfcl-eval==2026.3.23 (Apache-2.0); nothing of
+it is copied here. The official executor `eval`s what the model wrote and keeps instances in module globals. Here
+text is parsed with ast and json and read as literals only, and every episode has its own instances. Whatever
+calls with literal arguments can express has the official results and verdicts. The deliberate differences:
+  - nested calls, builtins, attributes and other expressions are not evaluated: the call gives an error string
+  - while decoding, only + - * / on number literals are computed (the official decoder evaluates any operator)
+  - work is bounded by the constants below: a call over a bound gives an error string
+  - `find` and `du` on a cyclic directory tree give another error text than Python's recursion error
+  - what official instances share (default lists of post_tweet, cards, bookings and weather of long_context,
+    precision of mpmath and decimal) is the episode's own: verdicts are those of isolated official instances
+
+    python bfcl_env.py multi_turn_base_0     # replay a task: user texts, gold calls, results, verdict
+"""
+import argparse
+import ast
+import contextlib
+import copy
+import dataclasses
+import decimal
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import operator
+import pickle
+import random
+import re
+import signal
+import sys
+import threading
+import types
+import warnings
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+VERSION = "2026.3.23"
+CATEGORIES = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
+DOCS = ("full", "slim", "signature")
+STYLES = ("python", "json")
+PROTOCOLS = ("official", "paper")
+SPLITS = ("family", "paper")
+REWARDS = ("official", "paper", "progress")
+
+MAX_STEPS = 21  # executed steps a turn (the official limit is 20, compared after counting)
+# Our bounds. For scale: gold turns have up to 34 calls of up to 400 characters, with 11 digits of precision.
+MAX_TEXT = 100_000  # characters of a model text or of a call
+MAX_CALLS = 1_000  # calls a step
+MAX_RESULTS = 20_000_000  # characters of all results of a step
+MAX_PATHS = 2_000_000  # characters of all paths in a directory tree that find or du walks
+MAX_DIGITS = 10_000  # precision and decimal places
+MAX_INT = 10**4300  # Python refuses to print longer integers, in these words:
+TOO_LONG = ("Exceeds the limit (4300 digits) for integer string conversion; "
+            "use sys.set_int_max_str_digits() to increase the limit")
+MAX_SECONDS = 1.0  # a step, in the main thread only; the last resort, since it depends on the machine's load
+ERROR = "Error during execution: "
+
+
+class BfclError(Exception):
+    """A mistake of the caller: what is wrong, what was given, what to type instead."""
+
+
+class CallSyntaxError(Exception):
+    """A text that cannot be read as calls. In a conversation it ends the turn."""
+
+
+class _OutOfTime(BaseException):
+    """Not an Exception: API methods swallow those."""
+
+
+def _choose(what: str, given: str, allowed: tuple) -> str:
+    if given not in allowed:
+        raise BfclError(f"unknown {what} {given!r}; choose one of: {', '.join(allowed)}")
+    return given
+
+
+# ---- Tasks -------------------------------------------------------------------------------------------------
+
+def installed(distribution: str, version: str, module: str) -> Path:
+    """Folder of an installed data package, found without importing it.
+
+    Errors: BfclError if it is absent or of another version."""
+    fix = f"type: pip install --no-deps {distribution}=={version}"
+    try:
+        found = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        raise BfclError(f"the data package {distribution} is not installed; {fix}") from None
+    if found != version:
+        raise BfclError(f"this code reads {distribution} {version}, but {found} is installed; {fix}")
+    return Path(importlib.util.find_spec(module).submodule_search_locations[0])
+
+
+@functools.cache
+def _package() -> Path:
+    if importlib.util.find_spec("mpmath") is None:
+        raise BfclError("the benchmark needs mpmath, which is not installed; type: pip install mpmath==1.3.0")
+    return installed("bfcl-eval", VERSION, "bfcl_eval")
+
+
+def _constants(module: str = "executable_backend_config") -> types.ModuleType:
+    """Modules of plain constants. (Not `bfcl_eval.utils`: importing that makes directories.)"""
+    return _package() and importlib.import_module(f"bfcl_eval.constants.{module}")
+
+
+def _rows(path: str) -> list:
+    return [json.loads(row) for row in (_package() / "data" / path).read_text(encoding="utf-8").splitlines()]
+
+
+@dataclass(eq=False)
+class Task:
+    """An entry of the benchmark. All episodes share it: read only."""
+
+    id: str
+    category: str
+    index: int  # the number in the id; one index is the same story in all four categories
+    turns: list[str | None]  # user text per turn; None where withheld functions are revealed
+    gold: list[list[str]]  # call strings per turn
+    config: dict  # class name -> initial configuration
+    classes: list[str]
+    missed: dict[int, list[str]]  # turn -> functions withheld until then
+
+    @property
+    def docs(self) -> list[dict]:
+        """The benchmark's docs of all functions, those withheld included, in the official order."""
+        return [doc for name in self.classes for doc in _class_docs(name)]
+
+    @functools.cached_property
+    def opening(self) -> bytes:
+        """The loaded instances, pickled. Unpickling copies everything, also the cards and bookings that all
+        official long_context instances share, so that no episode can spend another's money."""
+        instances = {name: _api_class(name)() for name in self.classes}
+        for name in set(self.classes) - set(_constants().STATELESS_CLASSES):
+            config = copy.deepcopy(self.config.get(name, {}))
+            instances[name]._load_scenario(config, long_context="long_context" in self.category)
+        return pickle.dumps(instances)
+
+    @functools.cached_property
+    def replay(self) -> types.SimpleNamespace:
+        """The gold calls, executed once: results [turn][call], states after each turn, calls [(name, params)]."""
+        episode, results, states = Episode(self), [], []
+        for calls in self.gold:
+            results.append(episode.run(calls))
+            states.append(states[-1] if states and episode.in_state(states[-1]) else episode.public_state())
+        calls = [episode.bound(call) for calls in self.gold for call in calls]
+        needed = set(sum(results, []))
+        return types.SimpleNamespace(results=results, states=states, calls=calls, needed=needed)
+
+
+@functools.cache
+def _class_docs(name: str) -> list[dict]:
+    return _rows("multi_turn_func_doc/" + _constants().MULTI_TURN_FUNC_DOC_FILE_MAPPING[name])
+
+
+@functools.cache
+def _api_class(name: str) -> type:
+    return getattr(importlib.import_module(_constants().CLASS_FILE_PATH_MAPPING[name]), name)
+
+
+@functools.cache
+def _category(category: str) -> list[Task]:
+    questions = _rows(f"BFCL_v4_{_choose('category', category, CATEGORIES)}.json")
+    gold = {row["id"]: row["ground_truth"] for row in _rows(f"possible_answer/BFCL_v4_{category}.json")}
+    return [Task(id=row["id"], category=category, index=int(row["id"].rsplit("_", 1)[1]),
+                 turns=[turn[0]["content"] if turn else None for turn in row["question"]],
+                 gold=gold[row["id"]], config=row["initial_config"], classes=row["involved_classes"],
+                 missed={int(turn): names for turn, names in row.get("missed_function", {}).items()})
+            for row in questions]
+
+
+def load_tasks(categories=None) -> list[Task]:
+    """The tasks of the categories (None: all 800), in the benchmark's order; the same objects at every call.
+
+    Errors: BfclError for an unknown category, and if the package is absent or of another version.
+    """
+    return [task for name in (CATEGORIES if categories is None else categories) for task in _category(name)]
+
+
+def data_sha256() -> str:
+    """Hash of the 8 data and 8 doc files in use; recorded with every run."""
+    files = [f"{folder}BFCL_v4_{name}.json" for folder in ("", "possible_answer/") for name in CATEGORIES]
+    used = sorted({name for task in load_tasks() for name in task.classes})
+    files += ["multi_turn_func_doc/" + _constants().MULTI_TURN_FUNC_DOC_FILE_MAPPING[name] for name in used]
+    return hashlib.sha256(b"".join((_package() / "data" / file).read_bytes() for file in files)).hexdigest()
+
+
+# ---- Splits ------------------------------------------------------------------------------------------------
+
+def families(tasks: list[Task]) -> list[list[int]]:
+    """The indices in groups: equal ground truth or initial configuration, in any category, is one family."""
+    group, seen = {task.index: {task.index} for task in tasks}, {}
+    for task in tasks:
+        for content in (json.dumps(task.gold), json.dumps(task.config, sort_keys=True)):
+            merged = group[task.index] | group[seen.setdefault(content, task.index)]
+            group.update(dict.fromkeys(merged, merged))
+    return sorted({min(members): sorted(members) for members in group.values()}.values())
+
+
+def split(tasks: list[Task], name: str = "family", seed: int = 0) -> dict[str, list[Task]]:
+    """Parts "train", "val", "test" of `tasks`, in order. A task's part does not depend on the others given.
+
+    family: of each block of 50 ids (file system, vehicle, trading, travel) 36, 4 and 10, in whole families and
+            in all four categories: 576/64/160 of the 800 tasks.
+    paper:  720/0/80 tasks at random, as in arXiv 2602.03025; most test tasks then have a twin in train.
+    """
+    rng, part_of = random.Random(seed), {}
+    if _choose("split", name, SPLITS) == "paper":
+        print("warning: the paper split leaks: most of its test tasks have the gold calls of a training "
+              "task; --split family has no such twins", file=sys.stderr)
+        test = set(rng.sample([task.id for task in load_tasks()], 80))
+        part_of = {task: "test" if task.id in test else "train" for task in tasks}
+    else:
+        groups = families(load_tasks())
+        for block in range(4):
+            room = {"test": 10, "val": 4, "train": 36}
+            for group in sorted((g for g in groups if g[0] // 50 == block), key=lambda _: rng.random()):
+                part = next(part for part in room if room[part] >= len(group))
+                room[part] -= len(group)
+                part_of.update((task, part) for task in tasks if task.index in group)
+    return {part: [task for task in tasks if part_of[task] == part] for part in ("train", "val", "test")}
+
+
+# ---- Tool docs, in three sizes -----------------------------------------------------------------------------
+
+_TYPES = {"string": "str", "integer": "int", "boolean": "bool", "array": "list"}  # float and dict stay
+_DONE = {"name": "done", "description": "Ends the conversation. Call it when all steps are complete.",
+         "parameters": {"type": "dict", "properties": {}, "required": []}}
+
+
+def signature(doc: dict) -> str:
+    """A function in one line.
+
+    >>> signature(_class_docs("GorillaFileSystem")[-3])
+    'tail(file_name: str, lines: int = 10)'
+    """
+    params = []
+    for name, spec in doc["parameters"]["properties"].items():
+        default = None if spec.get("default") == "None" else spec.get("default")  # the docs' spelling of None
+        optional = "" if name in doc["parameters"]["required"] else f" = {default!r}"
+        params.append(f"{name}: {_TYPES.get(spec['type'], spec['type'])}{optional}")
+    return f"{doc['name']}({', '.join(params)})"
+
+
+def _tool(doc: dict, docs: str, hint: bool = True) -> dict:
+    """A function as an object. Officially, withheld functions come without the language hint."""
+    if docs == "full":
+        language = " Note that the provided function is in Python 3 syntax."
+        return {**doc, "description": doc["description"] + language * hint}
+    about = doc["description"].split("Tool description: ")[-1]  # without the blurb on its class
+    params = doc["parameters"]
+    if docs == "signature":
+        about = about.split(". ")[0]
+        params = {**params, "properties": {k: {"type": v["type"]} for k, v in params["properties"].items()}}
+    return {"name": doc["name"], "description": about, "parameters": params}
+
+
+def _listing(tools: list[dict], docs: str, style: str) -> str:
+    lines = docs == "signature" and style == "python"
+    return "\n".join(signature(doc) if lines else json.dumps(_tool(doc, docs)) for doc in tools)
+
+
+def _system_text(tools: list[dict], docs: str) -> str:
+    """The system message of the python style; "full" is the leaderboard's, from the package's templates."""
+    if docs != "full":
+        return (
+            "You help a user by calling functions. Reply with a list of calls and no other text:\n"
+            "[first_function(param=value), second_function(param=value)]\n"
+            "Write all arguments as keywords with literal values. You will see the results and can call again. "
+            "When the user's message is dealt with, or something needed is missing, reply in plain words.\n\n"
+            "Functions:\n" + _listing(tools, docs, "python"))
+    official = _constants("default_prompts")
+    part = dict(official.PROMPT_STYLE_TEMPLATES["classic"])
+    part["tool_call_format"] = part["tool_call_no_tag"].format(
+        output_format=official.OUTPUT_FORMAT_MAPPING["python"],
+        param_types=official.PARAM_TYPE_MAPPING["python"])
+    functions = json.dumps([_tool(doc, docs) for doc in tools], indent=4)
+    part["available_tools"] = part["available_tools"].format(format="json", functions=functions)
+    return official.PROMPT_TEMPLATE_MAPPING["plaintext"].format(**part)
+
+
+# ---- Calls: from a model's text to call strings ------------------------------------------------------------
+
+@dataclass
+class Call:
+    """A call; `str(call)` is the string that the official decoder of its style gives, oddities included."""
+
+    name: str
+    args: tuple = ()
+    kwargs: dict = field(default_factory=dict)
+    style: str = field(default="python", compare=False)
+
+    def __str__(self):
+        show, comma = (_show, ", ") if self.style == "python" else (repr, ",")
+        keywords = [f"{key}={show(value)}" for key, value in self.kwargs.items()]
+        return f"{self.name}({comma.join([*map(show, self.args), *keywords])})"
+
+
+def _show(value) -> str:
+    """The official prompting decoder keeps nested calls as dicts of dicts, so it writes such dicts as calls (an
+    empty one fails), and it quotes the keys of the others without escapes."""
+    if not isinstance(value, dict):
+        return repr(value)
+    if all(isinstance(v, dict) for v in value.values()):
+        name, params = list(value.items())[0]
+        return f"{name}({', '.join(f'{k}={_show(v)}' for k, v in params.items())})"
+    return "{" + ", ".join(f"'{k}': {_show(v)}" for k, v in value.items()) + "}"
+
+
+def parse_calls(text: str, style: str) -> list[Call]:
+    """The calls in a model's text, decoded as the official handlers do. No calls and an error both end a turn.
+
+    python: the prompting decoder, for `[f(a=1), g()]`. Positional arguments are dropped, a bare name is a
+            string (`true` is 'true'), any unary operator negates, the last of repeated keywords counts.
+    json:   the Qwen function-calling decoder: `<tool_call>\\n{"name": "f", "arguments": {}}\\n</tool_call>`
+            blocks after the last </think>. A block of bad JSON is skipped.
+    Unlike the official ones: a text over MAX_TEXT characters is an error, as are operators other than + - * /
+    on number literals.
+    Errors: CallSyntaxError and no other, whatever the text.
+
+    >>> [str(call) for call in parse_calls("[cd(folder='a'), sort('b', file_name=c)]", "python")]
+    ["cd(folder='a')", "sort(file_name='c')"]
+    """
+    decode = {"python": _decode_python, "json": _decode_json}[_choose("style", style, STYLES)]
+    try:
+        if len(text) > MAX_TEXT:
+            raise ValueError(f"longer than {MAX_TEXT} characters")
+        calls = decode(text)
+        _ = [str(call) for call in calls]  # some values can be read but not written, for instance {}
+        return calls
+    except Exception as error:
+        raise CallSyntaxError(f"{type(error).__name__}: {error}") from None
+
+
+def _decode_python(text: str) -> list[Call]:
+    text = text.strip("`\n ")
+    text = ("" if text.startswith("[") else "[") + text
+    text += "" if text.endswith("]") else "]"
+    body = _parse(text.strip().strip("'"))
+    return [_call(node) for node in ([body] if isinstance(body, ast.Call) else body.elts)]
+
+
+def _parse(text: str) -> ast.expr:
+    """Parsed as `eval` would, with its error texts, but not evaluated; without warnings on bad escapes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return compile(text.lstrip(" \t"), "<string>", "eval", ast.PyCF_ONLY_AST, dont_inherit=True).body
+
+
+def _call(node: ast.Call) -> Call:
+    parts, func, keywords = [], node.func, node.keywords
+    while isinstance(func, ast.Attribute):
+        parts, func = [func.attr, *parts], func.value
+    parts = [func.id, *parts] if isinstance(func, ast.Name) else parts
+    return Call(".".join(parts), (), {str(k.arg): _value(k.value, _decoded) for k in keywords})
+
+
+def _value(node: ast.expr, other):
+    """The value of a literal, in new objects, since an API may keep a list and change it. `other` reads the rest."""
+    match node:
+        case ast.Constant(value=value) if value is not ...:
+            return _bounded(value)
+        case ast.List():
+            return [_value(item, other) for item in node.elts]
+        case ast.Tuple():
+            return tuple(_value(item, other) for item in node.elts)
+        case ast.Dict():
+            return {_value(k, other): _value(v, other) for k, v in zip(node.keys, node.values)}
+        case ast.BinOp():
+            return _arithmetic(node)
+    return other(node)
+
+
+def _decoded(node: ast.expr):
+    """What the official prompting decoder makes of an argument that is not a literal."""
+    match node:
+        case ast.Name():
+            return node.id
+        case ast.UnaryOp(operand=ast.Constant()):
+            return -node.operand.value
+        case ast.Call(keywords=[]):
+            return ast.unparse(node)
+        case ast.Call():
+            call = _call(node)
+            return {call.name: call.kwargs}
+        case ast.Subscript():
+            return f"{ast.unparse(node.value)}[{ast.unparse(node.slice)}]"
+        case ast.Constant():
+            return "..."
+    raise ValueError(f"{type(node).__name__} is not a literal")
+
+
+def _bounded(value):
+    if isinstance(value, int) and abs(value) >= MAX_INT:
+        raise ValueError(TOO_LONG)
+    return value
+
+
+_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+def _arithmetic(node: ast.expr):
+    match node:
+        case ast.Constant(value=int() | float() | complex() as value):
+            return _bounded(value)
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd()):
+            value = _arithmetic(node.operand)
+            return -value if isinstance(node.op, ast.USub) else +value
+        case ast.BinOp() if type(node.op) in _OPERATORS:
+            return _bounded(_OPERATORS[type(node.op)](_arithmetic(node.left), _arithmetic(node.right)))
+    raise ValueError("only + - * / on numbers are computed")
+
+
+def _decode_json(text: str) -> list[Call]:
+    text, calls, end = text.split("</think>")[-1], [], 0
+    opening, closing = "<tool_call>\n", "\n</tool_call>"
+    # The official lazy regular expression finds the same, in quadratic time when closing tags are missing.
+    while 0 <= (start := text.find(opening, end)) and 0 <= (end := text.find(closing, start + len(opening))):
+        with contextlib.suppress(Exception):
+            calls.append(json.loads(text[start + len(opening) : end]))
+        end += len(closing)
+    if any(type(call) is not dict for call in calls):
+        raise ValueError("a tool call is not an object")
+    return [_json_call(call["name"], call["arguments"]) for call in calls]
+
+
+def _json_call(name, arguments) -> Call:
+    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    hash(name)  # any scalar passes for a name
+    return Call(str(name), (), dict(arguments.items()), "json")
+
+
+# ---- Execution and judging ---------------------------------------------------------------------------------
+
+_CALLEE = re.compile(r"\b([a-zA-Z_]\w*)\s*(?=\()")
+_DENIED = ("kill", "exit", "quit", "remove", "unlink", "popen", "Popen", "run")
+_parse_often = functools.lru_cache(10_000)(_parse)  # a group's rollouts repeat each other's calls
+
+
+class Episode:
+    """A task's world in one rollout: its own instances, and the judge of each turn as it ends.
+
+    player: part of the instances' names. The official executor puts an instance's name before every known
+    function name that a parenthesis follows, even in a string argument; only there it can be seen.
+    """
+
+    def __init__(self, task: Task, player: str = "model"):
+        self.task, self.instances = task, pickle.loads(task.opening)
+        self.methods, self.owner = {}, {}  # by function name: bound method, instance name
+        for class_name, instance in self.instances.items():
+            prefix = re.sub(r"[-./:]", "_", f"{player}_eval_{task.id}_{class_name}_instance")
+            for name in _public_methods(class_name):
+                self.methods[name], self.owner[name] = getattr(instance, name), prefix
+        for name in {"post_tweet", "get_outside_temperature_from_google"} & self.methods.keys():
+            self.methods[name] = _isolated(self.methods[name])
+        self.calls = []  # all executed call strings
+        self.found = Counter()  # result strings so far that the gold calls have too
+        self.steps = []  # calls in each executed step of the open turn
+        self.turn = self.passed = 0  # turns ended; turns that passed before the first failure
+        self.failure = None  # (official error type, turn) of the first failure
+        self.timed_out = False  # a step hit MAX_SECONDS
+
+    def execute(self, calls: list) -> list[str]:
+        """Execute one step's calls (`Call`s or strings), in order. One result string a call, whatever the call."""
+        calls = [str(call) for call in calls]
+        results = self.run(calls)
+        self.steps.append(len(calls))
+        self.calls += calls[:MAX_CALLS]
+        self.found.update(result for result in results if result in self.task.replay.needed)
+        return results
+
+    def run(self, calls: list[str]) -> list[str]:
+        """`execute` without the bookkeeping."""
+        results, room, limit = [], MAX_RESULTS, f"more than {MAX_CALLS} calls in a step"
+        try:
+            with _precision_kept("MathAPI" in self.instances), _time_limit():
+                for call in calls[:MAX_CALLS]:
+                    result = self._result(call)
+                    room -= len(result)
+                    if room < 0:
+                        limit = f"more than {MAX_RESULTS} characters of results in a step"
+                        break
+                    results.append(result)
+        except _OutOfTime:
+            self.timed_out, limit = True, f"more than {MAX_SECONDS} seconds for a step"
+        return results + [ERROR + limit] * (len(calls) - len(results))
+
+    def _result(self, call: str) -> str:
+        try:
+            method, args, kwargs = self._read(call)
+            _check_bounds(method, args, kwargs, len(call))
+            value = method(*args, **kwargs)
+            if type(value) is dict:
+                with contextlib.suppress(Exception):  # numbers of mpmath and decimal
+                    return json.dumps(value)
+            return str(value)
+        except Exception as error:
+            return f"{ERROR}{error}"
+
+    def _read(self, call: str) -> tuple:
+        """(method, args, kwargs) of a call string. Only public methods of the task's classes can come out."""
+        if len(call) > MAX_TEXT:
+            raise ValueError(f"a call longer than {MAX_TEXT} characters")
+        call = _CALLEE.sub(lambda m: f"{self.owner[m[1]]}.{m[1]}" if m[1] in self.owner else m[1], call)
+        callee = call.partition("(")[0]
+        callee = callee.split(".")[1] if "." in callee else callee
+        if callee in _DENIED:
+            raise ValueError(f"Function call {callee} is not allowed.")
+        node = (_parse_often if len(call) < 500 else _parse)(call)
+        if not isinstance(node, ast.Call):
+            raise _unreadable(node)
+        names = [keyword.arg for keyword in node.keywords]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise SyntaxError(f"keyword argument repeated: {name} (<string>, line 1)")
+        match node.func:
+            case ast.Attribute(value=ast.Name(id=prefix), attr=name) if self.owner.get(name) == prefix:
+                args = [_value(arg, _strict) for arg in node.args]
+                return self.methods[name], args, {k.arg: _value(k.value, _strict) for k in node.keywords}
+        raise _unreadable(node.func)
+
+    def bound(self, call: str) -> tuple[str, dict] | None:
+        """(function, {parameter: value}) of a call string; None if the function cannot be called like that."""
+        try:
+            method, args, kwargs = self._read(call)
+        except Exception:
+            return None
+        names = _parameters(method.__func__)
+        named = dict(zip(names, args))
+        fits = len(args) <= len(names) and kwargs.keys() <= set(names) - named.keys()
+        return (method.__name__, named | kwargs) if fits else None
+
+    def public_state(self) -> dict:
+        """A copy of what the official checker compares: class -> {public attribute: value}."""
+        return copy.deepcopy({name: {k: v for k, v in vars(instance).items() if not k.startswith("_")}
+                              for name, instance in self.instances.items()})
+
+    def in_state(self, state: dict) -> bool:
+        return all(vars(self.instances[name])[k] == v for name in state for k, v in state[name].items())
+
+    def _error(self) -> str | None:
+        """The official error type of the open turn, in the official order of checks; None if it passes."""
+        gold, replay = self.task.gold[self.turn], self.task.replay
+        if not gold:
+            return None  # no check at all; what the model does here shows in the state of the next turn
+        if self.steps in ([], [0]):
+            return "multi_turn:empty_turn_model_response"
+        if not self.in_state(replay.states[self.turn]):
+            return "multi_turn:instance_state_mismatch"
+        if Counter(replay.results[self.turn]) - self.found:  # results of all turns so far serve
+            return "multi_turn:execution_response_mismatch"
+        return None
+
+    def _judged(self) -> tuple:
+        """(turn, passed, failure) with the open turn counted in."""
+        if self.failure or self.turn >= len(self.task.gold):
+            return self.turn + 1, self.passed, self.failure
+        error = self._error()
+        return self.turn + 1, self.passed + (error is None), (error, self.turn) if error else None
+
+    def end_turn(self):
+        """Judge the open turn and open the next."""
+        self.turn, self.passed, self.failure = self._judged()
+        self.steps = []
+
+    def verdict(self, open_turn: bool = False) -> "Verdict":
+        """The verdict so far. open_turn: count the open turn as recorded (the rollout was cut off)."""
+        turns, passed, failure = self._judged() if open_turn else (self.turn, self.passed, self.failure)
+        if turns != len(self.task.gold):
+            failure = ("multi_turn:force_terminated", None)
+        replay = self.task.replay
+        error_type, turn = failure or (None, None)
+        action = _covers(map(self.bound, self.calls), replay.calls)
+        return Verdict(not failure, error_type, turn, state=self.in_state(replay.states[-1]), action=action,
+                       progress=passed / len(self.task.gold))
+
+
+@functools.cache
+def _public_methods(class_name: str) -> list[str]:
+    members = inspect.getmembers(_api_class(class_name), inspect.isfunction)
+    return [name for name, _ in members if not name.startswith("_")]
+
+
+@functools.cache
+def _parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)[1:]
+
+
+def _isolated(method):
+    """The method with its own copy of what changes outside its instance: `mention` extends the default lists of
+    post_tweet, and the long_context weather report is a module-level dict."""
+    f = method.__func__
+    own = {k: dict(v) for k, v in f.__globals__.items() if k == "LONG_WEATHER_EXTENSION"}
+    function = types.FunctionType(f.__code__, f.__globals__ | own, f.__name__, copy.deepcopy(f.__defaults__))
+    return types.MethodType(function, method.__self__)
+
+
+def _strict(node: ast.expr):
+    """The values that calls may have beside those of `_value`."""
+    match node:
+        case ast.UnaryOp():
+            return _arithmetic(node)
+        case ast.Set():
+            return {_value(item, _strict) for item in node.elts}
+    raise _unreadable(node)
+
+
+def _unreadable(node: ast.expr) -> Exception:
+    """Why a node is not evaluated: mostly, as `eval` says too, since its leftmost name is unknown."""
+    while isinstance(node, ast.Attribute | ast.Call | ast.Subscript):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    if isinstance(node, ast.Name) and not node.id.endswith("_instance"):
+        return NameError(f"name {node.id!r} is not defined")
+    return TypeError("only calls with literal arguments are executed")
+
+
+def _check_bounds(method, args: list, kwargs: dict, length: int):
+    """Refuse the calls that take minutes or gigabytes in C code, which no timer can interrupt."""
+    given = dict(zip(_parameters(method.__func__), args)) | kwargs
+    match method.__name__:
+        case "find" | "du":
+            world = method.__self__
+            if not all(_paths_fit(tree, length) for tree in (world.root, world._current_dir)):
+                raise ValueError("the directory tree is cyclic or too large")
+        case "power":
+            base, exponent = given.get("base"), given.get("exponent")
+            if isinstance(base, int) and isinstance(exponent, int) and abs(base) > 1:
+                if base.bit_length() * exponent > 2 * MAX_INT.bit_length():
+                    raise ValueError(TOO_LONG)  # officially computed, in minutes, and then not printable either
+        case "logarithm" | "square_root" | "round_number":
+            with contextlib.suppress(TypeError, ValueError, OverflowError):  # the method reports those
+                if abs(int(given.get("precision", given.get("decimal_places")))) > MAX_DIGITS:
+                    raise ArithmeticError(f"more than {MAX_DIGITS} digits")
+            for text in (given.get("value"), given.get("base")):  # mpmath writes "1e999999999" out
+                if isinstance(text, str) and "e" in text.lower() and len(text) > 8:
+                    raise ValueError("a number with a long exponent")
+
+
+def _paths_fit(directory, prefix: int) -> bool:
+    """Copies of a directory share its subdirectories: a few calls of cp make 2^n paths, or endless ones."""
+    room, todo = MAX_PATHS, [(directory, prefix)]
+    while todo:
+        directory, length = todo.pop()
+        for name, item in directory.contents.items():
+            path = length + 1 + len(str(name))
+            room -= path
+            if room < 0:
+                return False
+            if hasattr(item, "contents"):
+                todo.append((item, path))
+    return True
+
+
+@contextlib.contextmanager
+def _precision_kept(used: bool):
+    """MathAPI sets the process's precision of mpmath and decimal."""
+    with contextlib.ExitStack() as stack:
+        if used:
+            mpmath = importlib.import_module("mpmath")
+            stack.enter_context(mpmath.workprec(mpmath.mp.prec))
+            stack.enter_context(decimal.localcontext())
+        yield
+
+
+@contextlib.contextmanager
+def _time_limit():
+    """Raise _OutOfTime in the block after MAX_SECONDS; no limit outside of the main thread, which gets signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def alarm(*_):
+        raise _OutOfTime
+
+    handler = signal.signal(signal.SIGALRM, alarm)
+    theirs = signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
+        if theirs[0]:
+            signal.setitimer(signal.ITIMER_REAL, *theirs)
+
+
+@dataclass
+class Verdict:
+    """What a checker says. The official fields are None under the paper's protocol."""
+
+    valid: bool | None
+    error_type: str | None  # official string; None if valid
+    turn: int | None  # 0-based; None if valid or if the error is not a turn's
+    state: bool  # the paper's R_state: the final public state is the one of the gold calls
+    action: bool  # the paper's R_action: every gold call was made
+    progress: float | None  # turns that passed before the first failure / turns
+
+    def reward(self, kind: str) -> float:
+        """official: valid; paper: R_state * R_action; progress. Errors: BfclError where there is no such reward."""
+        values = {"official": self.valid, "paper": self.state and self.action, "progress": self.progress}
+        if values[_choose("reward", kind, REWARDS)] is None:
+            raise BfclError(f"the paper protocol has no {kind!r} reward; use --reward paper")
+        return float(values[kind])
+
+
+def _covers(made, gold: list[tuple]) -> bool:
+    """R_action: each gold call has a call of its own with the same name and (at least) the same parameters.
+
+    Not a greedy search: f(x=1, y=2) can serve f(x=1) or f(y=2), so servers may have to move (augmenting paths).
+    """
+    names = {name for name, _ in gold}
+    made, serves = [call for call in made if call and call[0] in names], {}
+
+    def place(g: int, tried: set) -> bool:
+        for m, (name, params) in enumerate(made):
+            if m not in tried and name == gold[g][0] and params.items() >= gold[g][1].items():
+                tried.add(m)
+                if m not in serves or place(serves[m], tried):
+                    serves[m] = g
+                    return True
+        return False
+
+    return all(place(g, set()) for g in range(len(gold)))
+
+
+def judge(task: Task, turns: list[list[list[str]]]) -> Verdict:
+    """The verdict on recorded calls: `turns` is list[turn][step][call string], of any length."""
+    episode = Episode(task)
+    for turn in turns:
+        for step in turn:
+            episode.execute(step)
+        episode.end_turn()
+    return episode.verdict()
+
+
+# ---- The world as a sampler sees it ------------------------------------------------------------------------
+
+@dataclass
+class Step:
+    """The world's answer to one text of the model."""
+
+    results: list[str]  # one a call
+    next_user: str | None  # the next user message, if the turn has ended and another follows
+    done: bool
+    reason: str | None  # if done: "done" or "force_quit"
+    calls: list[str]  # as executed
+
+
+class BfclEnv:
+    """A conversation about one task.
+
+    official: turn by turn, as on the leaderboard. A text without calls ends the turn, MAX_STEPS executed steps in
+              a turn end the conversation; withheld functions arrive as the user message of their turn.
+    paper:    all user turns in one message; a function done() ends the conversation (arXiv 2602.03025). Assumed
+              where the paper is silent: withheld functions are there from the start and their turn is skipped;
+              vague turns stay, followed by their clarification; calls after done() are not executed; a text
+              without calls ends the conversation, as do MAX_STEPS steps; there is only the paper's reward.
+    """
+
+    def __init__(self, task: Task, docs="signature", style="python", protocol="official"):
+        self.id = task.id
+        self.task, self.docs, self.style = task, _choose("docs", docs, DOCS), _choose("style", style, STYLES)
+        self.merged = _choose("protocol", protocol, PROTOCOLS) == "paper"
+        self.episode = Episode(task)
+        self.turns = [[]]  # [turn][step][call string]; judge(task, env.turns) == env.verdict()
+        self.done = False
+
+    def messages(self) -> list[dict]:
+        """System and user message; for json a user message with "tools", which the chat template renders."""
+        tools, user = self.task.docs, self.task.turns[0]
+        if self.merged:
+            steps = [text for text in self.task.turns if text is not None]
+            user = "\n".join(f"Step {n}: {text}" for n, text in enumerate(steps, 1))
+            user += "\n\nComplete all the steps above, in order, then call done()."
+            tools = tools + [_DONE]
+        else:
+            withheld = sum(self.task.missed.values(), [])
+            tools = [doc for doc in tools if doc["name"] not in withheld]
+        if self.style == "json":
+            return [{"role": "user", "content": user, "tools": [_tool(doc, self.docs) for doc in tools]}]
+        return [{"role": "system", "content": _system_text(tools, self.docs)},
+                {"role": "user", "content": user}]
+
+    def step(self, text: str) -> Step:
+        """Execute the calls in a model's text; without calls, end the turn. Errors: BfclError if already done."""
+        if self.done:
+            raise BfclError("this conversation is over; make a new BfclEnv")
+        try:
+            calls = [str(call) for call in parse_calls(text, self.style)]
+        except CallSyntaxError:
+            calls = []
+        ended, next_user, reason = not calls, None, None
+        if self.merged and "done()" in calls:
+            calls, ended = calls[: calls.index("done()")], True
+        results = self.episode.execute(calls) if calls else []
+        self.turns[-1] += [calls] if calls else []
+        if ended and not self.merged and len(self.turns) < len(self.task.turns):
+            next_user = self._next_user()
+        elif ended or len(self.turns[-1]) == MAX_STEPS:
+            self.done, reason = True, "done" if ended else "force_quit"
+        if self.done or next_user is not None:
+            self.episode.end_turn()
+            self.turns += [] if self.done else [[]]
+        return Step(results, next_user, self.done, reason, calls)
+
+    def _next_user(self) -> str:
+        """The next turn's text, or its withheld functions in the words of the prompting and Qwen FC handlers."""
+        turn = len(self.turns)
+        if turn not in self.task.missed:
+            return self.task.turns[turn]
+        tools = [doc for name in self.task.missed[turn] for doc in self.task.docs if doc["name"] == name]
+        full = str([_tool(doc, "full", hint=False) for doc in tools])
+        listing = full if self.docs == "full" else _listing(tools, self.docs, self.style)
+        official = _constants("default_prompts").DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_PROMPTING
+        return official.format(functions=listing)
+
+    def verdict(self) -> Verdict:
+        """The verdict so far, from the live episode. A turn that was cut off counts as recorded."""
+        verdict = self.episode.verdict(open_turn=not self.done)
+        none = dict(valid=None, error_type=None, turn=None, progress=None)
+        return dataclasses.replace(verdict, **none) if self.merged else verdict
+
+
+# ---- Flags of all scripts ----------------------------------------------------------------------------------
+
+def number(kind: type, low: float, high: float = float("inf")):
+    """An argparse type: a number of this kind in [low, high]; else one sentence that says so."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}")
+        return value
+    return parse
+
+
+def check_model(name: str) -> None:
+    """Errors: BfclError if `name` cannot be a model: no known name, no model directory, not like a hub id."""
+    if name in ("smollm2-135m-instruct", "tiny") or (Path(name) / "config.json").is_file():
+        return
+    if Path(name).exists() or name.startswith((".", "/", "runs/")) or name.count("/") != 1:
+        raise BfclError(f"no model at {name!r}: give a directory with config.json (such as runs/NAME/model), "
+                        "a hub id (such as Qwen/Qwen2.5-0.5B-Instruct), or smollm2-135m-instruct")
+
+
+def check_out(out: str) -> None:
+    """Errors: BfclError if the folder holds a run already."""
+    if (Path(out) / "config.json").exists():
+        raise BfclError(f"{out} holds another run: give a new folder with --out, or remove that one")
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser):
+    """The flags of `rollout`."""
+    add = parser.add_argument_group("sampling").add_argument
+    add("--temperature", default=1.0, type=number(float, 0, 10),
+        help="of the softmax; 0: greedy (default: %(default)s)")
+    add("--max_turn_tokens", default=256, type=number(int, 1),
+        help="tokens of one model message; a longer one ends its rollout (default: %(default)s)")
+    add("--max_total_tokens", default=2048, type=number(int, 1),
+        help="sampled tokens a rollout (default: %(default)s)")
+    add("--max_len", default=8192, type=number(int, 16),
+        help="tokens of a conversation, at most the model's context (default: %(default)s)")
+    add("--kv_gb", default=4.0, type=number(float, 0.01),
+        help="GiB of KV cache; the number of live rows follows from it (default: %(default)s)")
+
+
+def add_training_flags(parser: argparse.ArgumentParser, out: str, lr: float):
+    """The flags of both training stages."""
+    add = parser.add_argument_group("training").add_argument
+    add("--out", default=out, help="folder of the run (default: %(default)s)")
+    add("--lr", default=lr, type=number(float, 0, 1), help="peak learning rate (default: %(default)s)")
+    add("--warmup", default=0.05, type=number(float, 0, 1), help="share of the steps (default: %(default)s)")
+    add("--max_grad_norm", default=1.0, type=number(float, 0),
+        help="of the clipped gradient (default: %(default)s)")
+    add("--tokens_per_microbatch", default=8192, type=number(int, 64),
+        help="tokens a forward (default: %(default)s)")
+    add("--gradient_checkpointing", action="store_true", help="keep no activations, compute layers twice")
+    add("--dtype", default="auto", choices=("auto", "bf16", "fp32"),
+        help="of the compute; auto: bf16 where the hardware has it (default: %(default)s)")
+    add("--seed", default=0, type=number(int, 0), help="of data, order and sampling (default: %(default)s)")
+
+
+def add_world_flags(parser: argparse.ArgumentParser, part: str = "train"):
+    """The flags that choose tasks and their world. `part` is the script's default for --part."""
+    def add(flag, default, text, **rest):
+        group.add_argument(flag, default=default, help=f"{text} (default: %(default)s)", **rest)
+
+    group = parser.add_argument_group("world")
+    add("--docs", "signature", "tool docs: 4k to 10k, 1.4k to 4k or 0.2k to 0.7k tokens", choices=DOCS)
+    add("--style", "auto", "how calls are written; auto: json if the chat template takes tools",
+        choices=("auto", *STYLES))
+    add("--protocol", "official", "turn by turn, or all turns in one message", choices=PROTOCOLS)
+    add("--reward", "official", "the checker's verdict, final state x calls made, or share of turns passed",
+        choices=REWARDS)
+    add("--split", "family", "whole families, or the paper's random split, which leaks", choices=SPLITS)
+    add("--part", part, "part of the split", choices=("train", "val", "test", "all"))
+    add("--categories", ",".join(CATEGORIES), "categories, comma-separated")
+    add("--tasks", "", "task ids, comma-separated, in place of --part and --categories")
+    add("--limit", 0, "number of tasks, spread evenly over those chosen; 0 is all", type=int)
+
+
+def select_tasks(args: argparse.Namespace) -> list[Task]:
+    """The tasks that the flags choose. Errors: BfclError for unknown ids or categories, or if none is left."""
+    def items(text):
+        return [item.strip() for item in text.split(",") if item.strip()]
+
+    known = {task.id: task for task in load_tasks()}
+    for name in items(args.tasks):
+        if name not in known:
+            raise BfclError(f"unknown task {name!r}; ids are a category and a number from 0 to 199, for "
+                            f"instance --tasks multi_turn_base_0 (categories: {', '.join(CATEGORIES)})")
+    tasks = [known[name] for name in items(args.tasks)] or load_tasks(items(args.categories))
+    if args.part != "all" and not args.tasks:
+        tasks = split(tasks, args.split)[args.part]
+    if not tasks or args.limit < 0:
+        raise BfclError(f"no tasks are left with --categories {args.categories!r} --split {args.split} "
+                        f"--part {args.part} --limit {args.limit}; try --part all --limit 0")
+    count = min(args.limit, len(tasks)) or len(tasks)
+    return [tasks[i * len(tasks) // count] for i in range(count)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Replay a task: user texts, gold calls, results, verdict.")
+    add_world_flags(parser, part="all")
+    parser.add_argument("task", help="a task id, for instance multi_turn_base_0")
+    args = parser.parse_args()
+    args.tasks = args.task
+    for task in select_tasks(args):
+        print(f"{task.id} ({', '.join(task.classes)})")
+        episode = Episode(task)
+        for turn, calls in enumerate(task.gold):
+            user = task.turns[turn] or "withheld until now: " + ", ".join(task.missed[turn])
+            print(f"\nturn {turn}, user: {user}")
+            for call, result in zip(calls, episode.execute(calls)):
+                print(f"  {call}\n    {result[:1000]}{' ...' * (len(result) > 1000)}")
+            episode.end_turn()
+        print(f"\n{episode.verdict()}\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BfclError as error:
+        sys.exit(f"error: {error}")
