@@ -6,9 +6,10 @@
   4. `env.verdict()` is what the official checker would say, with the paper's reward beside it
 
 Questions, answers, docs and the simulated API classes come from bfcl-eval==2026.3.23 (Apache-2.0); nothing of
-it is copied here. The official executor `eval`s what the model wrote and keeps instances in module globals. Here
-text is parsed with ast and json and read as literals only, and every episode has its own instances. Whatever
-calls with literal arguments can express has the official results and verdicts. The deliberate differences:
+it is copied here. The official executor `eval`s what the model wrote and keeps instances in module globals.
+Here text is parsed with ast and json and read as literals only, and every episode has its own instances.
+Whatever calls with literal arguments can express has the official results and verdicts. The differences, all
+deliberate:
   - nested calls, builtins, attributes and other expressions are not evaluated: the call gives an error string
   - while decoding, only + - * / on number literals are computed (the official decoder evaluates any operator)
   - work is bounded by the constants below: a call over a bound gives an error string
@@ -39,7 +40,7 @@ import sys
 import threading
 import types
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,7 +58,7 @@ MAX_TEXT = 100_000  # characters of a model text or of a call
 MAX_CALLS = 1_000  # calls a step
 MAX_RESULTS = 20_000_000  # characters of all results of a step
 MAX_PATHS = 2_000_000  # characters of all paths in a directory tree that find or du walks
-MAX_DIGITS = 10_000  # precision and decimal places
+MAX_DIGITS = 20_000  # precision and decimal places
 MAX_INT = 10**4300  # Python refuses to print longer integers, in these words:
 TOO_LONG = ("Exceeds the limit (4300 digits) for integer string conversion; "
             "use sys.set_int_max_str_digits() to increase the limit")
@@ -134,25 +135,40 @@ class Task:
         return [doc for name in self.classes for doc in _class_docs(name)]
 
     @functools.cached_property
-    def opening(self) -> bytes:
-        """The loaded instances, pickled. Unpickling copies everything, also the cards and bookings that all
-        official long_context instances share, so that no episode can spend another's money."""
-        instances = {name: _api_class(name)() for name in self.classes}
+    def functions(self) -> dict[str, str]:
+        """Function name -> class name: all public methods, the only things that a call can reach."""
+        return {name: class_name for class_name in self.classes for name in _public_methods(class_name)}
+
+    @functools.cached_property
+    def opening(self) -> tuple[bytes, dict]:
+        """The loaded instances, pickled, and the states of their random generators (slow to unpickle).
+        Unpickling copies everything, also the cards and bookings that long_context instances share."""
+        instances, seeds = {name: _api_class(name)() for name in self.classes}, {}
         for name in set(self.classes) - set(_constants().STATELESS_CLASSES):
             config = copy.deepcopy(self.config.get(name, {}))
             instances[name]._load_scenario(config, long_context="long_context" in self.category)
-        return pickle.dumps(instances)
+            if "_random" in vars(instances[name]):
+                seeds[name] = vars(instances[name]).pop("_random").getstate()
+        return pickle.dumps(instances), seeds
+
+    def instances(self) -> dict:
+        """Class name -> a fresh instance."""
+        pickled, seeds = self.opening
+        instances = pickle.loads(pickled)
+        for name, state in seeds.items():
+            instances[name]._random = random.Random(0)
+            instances[name]._random.setstate(state)
+        return instances
 
     @functools.cached_property
     def replay(self) -> types.SimpleNamespace:
-        """The gold calls, executed once: results [turn][call], states after each turn, calls [(name, params)]."""
+        """The gold calls, executed once: results (Counters) and states per turn, and all bound calls."""
         episode, results, states = Episode(self), [], []
         for calls in self.gold:
-            results.append(episode.run(calls))
+            results.append(Counter(episode.run(calls)))
             states.append(states[-1] if states and episode.in_state(states[-1]) else episode.public_state())
-        calls = [episode.bound(call) for calls in self.gold for call in calls]
-        needed = set(sum(results, []))
-        return types.SimpleNamespace(results=results, states=states, calls=calls, needed=needed)
+        needed = {result for counter in results for result in counter}
+        return types.SimpleNamespace(results=results, states=states, calls=episode.made, needed=needed)
 
 
 @functools.cache
@@ -207,8 +223,8 @@ def families(tasks: list[Task]) -> list[list[int]]:
 def split(tasks: list[Task], name: str = "family", seed: int = 0) -> dict[str, list[Task]]:
     """Parts "train", "val", "test" of `tasks`, in order. A task's part does not depend on the others given.
 
-    family: of each block of 50 ids (file system, vehicle, trading, travel) 36, 4 and 10, in whole families and
-            in all four categories: 576/64/160 of the 800 tasks.
+    family: of each block of 50 ids (file system, vehicle, trading, travel) 36, 4 and 10, in whole families
+            and in all four categories: 576/64/160 of the 800 tasks.
     paper:  720/0/80 tasks at random, as in arXiv 2602.03025; most test tasks then have a twin in train.
     """
     rng, part_of = random.Random(seed), {}
@@ -273,9 +289,9 @@ def _system_text(tools: list[dict], docs: str) -> str:
         return (
             "You help a user by calling functions. Reply with a list of calls and no other text:\n"
             "[first_function(param=value), second_function(param=value)]\n"
-            "Write all arguments as keywords with literal values. You will see the results and can call again. "
-            "When the user's message is dealt with, or something needed is missing, reply in plain words.\n\n"
-            "Functions:\n" + _listing(tools, docs, "python"))
+            "Write all arguments as keywords with literal values. You will see the results and can call "
+            "again. When the user's message is dealt with, or something needed is missing, reply in plain "
+            "words.\n\nFunctions:\n" + _listing(tools, docs, "python"))
     official = _constants("default_prompts")
     part = dict(official.PROMPT_STYLE_TEMPLATES["classic"])
     part["tool_call_format"] = part["tool_call_no_tag"].format(
@@ -304,8 +320,8 @@ class Call:
 
 
 def _show(value) -> str:
-    """The official prompting decoder keeps nested calls as dicts of dicts, so it writes such dicts as calls (an
-    empty one fails), and it quotes the keys of the others without escapes."""
+    """The official prompting decoder keeps nested calls as dicts of dicts, so it writes such dicts as calls
+    (an empty one fails), and it quotes the keys of the others without escapes."""
     if not isinstance(value, dict):
         return repr(value)
     if all(isinstance(v, dict) for v in value.values()):
@@ -315,7 +331,7 @@ def _show(value) -> str:
 
 
 def parse_calls(text: str, style: str) -> list[Call]:
-    """The calls in a model's text, decoded as the official handlers do. No calls and an error both end a turn.
+    """The calls in a model's text, decoded as the official handlers do. No calls and an error end a turn.
 
     python: the prompting decoder, for `[f(a=1), g()]`. Positional arguments are dropped, a bare name is a
             string (`true` is 'true'), any unary operator negates, the last of repeated keywords counts.
@@ -363,7 +379,7 @@ def _call(node: ast.Call) -> Call:
 
 
 def _value(node: ast.expr, other):
-    """The value of a literal, in new objects, since an API may keep a list and change it. `other` reads the rest."""
+    """The value of a literal, in new objects: an API may keep a list and change it. `other` reads others."""
     match node:
         case ast.Constant(value=value) if value is not ...:
             return _bounded(value)
@@ -452,15 +468,11 @@ class Episode:
     """
 
     def __init__(self, task: Task, player: str = "model"):
-        self.task, self.instances = task, pickle.loads(task.opening)
-        self.methods, self.owner = {}, {}  # by function name: bound method, instance name
-        for class_name, instance in self.instances.items():
-            prefix = re.sub(r"[-./:]", "_", f"{player}_eval_{task.id}_{class_name}_instance")
-            for name in _public_methods(class_name):
-                self.methods[name], self.owner[name] = getattr(instance, name), prefix
-        for name in {"post_tweet", "get_outside_temperature_from_google"} & self.methods.keys():
-            self.methods[name] = _isolated(self.methods[name])
-        self.calls = []  # all executed call strings
+        self.task, self.player, self.instances = task, player, task.instances()
+        self.own_methods = {name: _isolated(getattr(self.instances[task.functions[name]], name))
+                            for name in ("post_tweet", "get_outside_temperature_from_google")
+                            if name in task.functions}
+        self.made = []  # (function, {parameter: value}) of all calls that could be read and bound
         self.found = Counter()  # result strings so far that the gold calls have too
         self.steps = []  # calls in each executed step of the open turn
         self.turn = self.passed = 0  # turns ended; turns that passed before the first failure
@@ -468,19 +480,20 @@ class Episode:
         self.timed_out = False  # a step hit MAX_SECONDS
 
     def execute(self, calls: list) -> list[str]:
-        """Execute one step's calls (`Call`s or strings), in order. One result string a call, whatever the call."""
-        calls = [str(call) for call in calls]
+        """Execute a step's calls (`Call`s or strings). One result string a call, whatever the call."""
         results = self.run(calls)
         self.steps.append(len(calls))
-        self.calls += calls[:MAX_CALLS]
-        self.found.update(result for result in results if result in self.task.replay.needed)
+        for result in results:
+            if result in self.task.replay.needed:
+                self.found[result] += 1
         return results
 
-    def run(self, calls: list[str]) -> list[str]:
-        """`execute` without the bookkeeping."""
+    def run(self, calls: list) -> list[str]:
+        """`execute`, without counting for the judge of the turn."""
         results, room, limit = [], MAX_RESULTS, f"more than {MAX_CALLS} calls in a step"
-        try:
-            with _precision_kept("MathAPI" in self.instances), _time_limit():
+        with _alarm(), _kept_precision() if "MathAPI" in self.instances else contextlib.nullcontext():
+            try:
+                _set_timer(MAX_SECONDS)
                 for call in calls[:MAX_CALLS]:
                     result = self._result(call)
                     room -= len(result)
@@ -488,18 +501,24 @@ class Episode:
                         limit = f"more than {MAX_RESULTS} characters of results in a step"
                         break
                     results.append(result)
-        except _OutOfTime:
-            self.timed_out, limit = True, f"more than {MAX_SECONDS} seconds for a step"
+                _set_timer(0)
+            except _OutOfTime:
+                self.timed_out, limit = True, f"more than {MAX_SECONDS} seconds for a step"
         return results + [ERROR + limit] * (len(calls) - len(results))
 
-    def _result(self, call: str) -> str:
+    def _result(self, call) -> str:
         try:
+            call = str(call)
             method, args, kwargs = self._read(call)
+            if bound := _bound(method, args, kwargs):
+                self.made.append(copy.deepcopy(bound) if "[" in call or "{" in call else bound)
             _check_bounds(method, args, kwargs, len(call))
             value = method(*args, **kwargs)
             if type(value) is dict:
-                with contextlib.suppress(Exception):  # numbers of mpmath and decimal
+                try:
                     return json.dumps(value)
+                except Exception:  # numbers of mpmath and decimal
+                    pass
             return str(value)
         except Exception as error:
             return f"{ERROR}{error}"
@@ -508,34 +527,41 @@ class Episode:
         """(method, args, kwargs) of a call string. Only public methods of the task's classes can come out."""
         if len(call) > MAX_TEXT:
             raise ValueError(f"a call longer than {MAX_TEXT} characters")
-        call = _CALLEE.sub(lambda m: f"{self.owner[m[1]]}.{m[1]}" if m[1] in self.owner else m[1], call)
-        callee = call.partition("(")[0]
-        callee = callee.split(".")[1] if "." in callee else callee
-        if callee in _DENIED:
-            raise ValueError(f"Function call {callee} is not allowed.")
+        callee, _, rest = call.partition("(")
+        plain = callee in self.task.functions and "(" not in rest
+        if not plain:  # then it matters what the official executor makes of the text
+            call = _CALLEE.sub(self._prefixed, call)
+            callee = call.partition("(")[0]
+            callee = callee.split(".")[1] if "." in callee else callee
+            if callee in _DENIED:
+                raise ValueError(f"Function call {callee} is not allowed.")
         node = (_parse_often if len(call) < 500 else _parse)(call)
         if not isinstance(node, ast.Call):
             raise _unreadable(node)
         names = [keyword.arg for keyword in node.keywords]
-        for i, name in enumerate(names):
-            if name in names[:i]:
-                raise SyntaxError(f"keyword argument repeated: {name} (<string>, line 1)")
-        match node.func:
-            case ast.Attribute(value=ast.Name(id=prefix), attr=name) if self.owner.get(name) == prefix:
-                args = [_value(arg, _strict) for arg in node.args]
-                return self.methods[name], args, {k.arg: _value(k.value, _strict) for k in node.keywords}
-        raise _unreadable(node.func)
+        if len(names) != len(set(names)):
+            repeated = next(name for i, name in enumerate(names) if name in names[:i])
+            raise SyntaxError(f"keyword argument repeated: {repeated} (<string>, line 1)")
+        known = callee in self.task.functions
+        if not known or not plain and ast.unparse(node.func) != self._prefixed(callee):
+            raise _unreadable(node.func)
+        method = self.own_methods.get(callee) or getattr(self.instances[self.task.functions[callee]], callee)
+        args = [_value(arg, _strict) for arg in node.args]
+        return method, args, {k.arg: _value(k.value, _strict) for k in node.keywords}
+
+    def _prefixed(self, name: str | re.Match) -> str:
+        name = name if isinstance(name, str) else name[1]
+        if name not in self.task.functions:
+            return name
+        instance = f"{self.player}_eval_{self.task.id}_{self.task.functions[name]}_instance"
+        return f"{re.sub(r'[-./:]', '_', instance)}.{name}"
 
     def bound(self, call: str) -> tuple[str, dict] | None:
-        """(function, {parameter: value}) of a call string; None if the function cannot be called like that."""
+        """(function, {parameter: value}) of a call string; None if it cannot be called like that."""
         try:
-            method, args, kwargs = self._read(call)
+            return _bound(*self._read(call))
         except Exception:
             return None
-        names = _parameters(method.__func__)
-        named = dict(zip(names, args))
-        fits = len(args) <= len(names) and kwargs.keys() <= set(names) - named.keys()
-        return (method.__name__, named | kwargs) if fits else None
 
     def public_state(self) -> dict:
         """A copy of what the official checker compares: class -> {public attribute: value}."""
@@ -554,7 +580,7 @@ class Episode:
             return "multi_turn:empty_turn_model_response"
         if not self.in_state(replay.states[self.turn]):
             return "multi_turn:instance_state_mismatch"
-        if Counter(replay.results[self.turn]) - self.found:  # results of all turns so far serve
+        if any(self.found[r] < n for r, n in replay.results[self.turn].items()):  # found in any turn so far
             return "multi_turn:execution_response_mismatch"
         return None
 
@@ -577,9 +603,8 @@ class Episode:
             failure = ("multi_turn:force_terminated", None)
         replay = self.task.replay
         error_type, turn = failure or (None, None)
-        action = _covers(map(self.bound, self.calls), replay.calls)
-        return Verdict(not failure, error_type, turn, state=self.in_state(replay.states[-1]), action=action,
-                       progress=passed / len(self.task.gold))
+        return Verdict(not failure, error_type, turn, state=self.in_state(replay.states[-1]),
+                       action=_covers(self.made, replay.calls), progress=passed / len(self.task.gold))
 
 
 @functools.cache
@@ -593,9 +618,16 @@ def _parameters(function) -> list[str]:
     return list(inspect.signature(function).parameters)[1:]
 
 
+def _bound(method, args: list, kwargs: dict) -> tuple[str, dict] | None:
+    names = _parameters(method.__func__)
+    named = dict(zip(names, args))
+    if len(args) <= len(names) and all(k in names and k not in named for k in kwargs):
+        return method.__name__, named | kwargs
+
+
 def _isolated(method):
-    """The method with its own copy of what changes outside its instance: `mention` extends the default lists of
-    post_tweet, and the long_context weather report is a module-level dict."""
+    """The method with its own copy of what changes outside its instance: `mention` extends the default lists
+    of post_tweet, and the long_context weather report is a module-level dict."""
     f = method.__func__
     own = {k: dict(v) for k, v in f.__globals__.items() if k == "LONG_WEATHER_EXTENSION"}
     function = types.FunctionType(f.__code__, f.__globals__ | own, f.__name__, copy.deepcopy(f.__defaults__))
@@ -623,8 +655,10 @@ def _unreadable(node: ast.expr) -> Exception:
 
 def _check_bounds(method, args: list, kwargs: dict, length: int):
     """Refuse the calls that take minutes or gigabytes in C code, which no timer can interrupt."""
-    given = dict(zip(_parameters(method.__func__), args)) | kwargs
-    match method.__name__:
+    name, given = method.__name__, {}
+    if name in ("power", "logarithm", "square_root", "round_number"):
+        given = dict(zip(_parameters(method.__func__), args)) | kwargs
+    match name:
         case "find" | "du":
             world = method.__self__
             if not all(_paths_fit(tree, length) for tree in (world.root, world._current_dir)):
@@ -633,7 +667,7 @@ def _check_bounds(method, args: list, kwargs: dict, length: int):
             base, exponent = given.get("base"), given.get("exponent")
             if isinstance(base, int) and isinstance(exponent, int) and abs(base) > 1:
                 if base.bit_length() * exponent > 2 * MAX_INT.bit_length():
-                    raise ValueError(TOO_LONG)  # officially computed, in minutes, and then not printable either
+                    raise ValueError(TOO_LONG)  # officially after minutes, when it cannot be printed
         case "logarithm" | "square_root" | "round_number":
             with contextlib.suppress(TypeError, ValueError, OverflowError):  # the method reports those
                 if abs(int(given.get("precision", given.get("decimal_places")))) > MAX_DIGITS:
@@ -658,36 +692,46 @@ def _paths_fit(directory, prefix: int) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _precision_kept(used: bool):
-    """MathAPI sets the process's precision of mpmath and decimal."""
-    with contextlib.ExitStack() as stack:
-        if used:
-            mpmath = importlib.import_module("mpmath")
-            stack.enter_context(mpmath.workprec(mpmath.mp.prec))
-            stack.enter_context(decimal.localcontext())
-        yield
+_armed = False  # SIGALRM is ours
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _set_timer(seconds: float, interval: float = 0):
+    if _in_main_thread():  # others get no signals: there, no time limit
+        signal.setitimer(signal.ITIMER_REAL, seconds, interval)
 
 
 @contextlib.contextmanager
-def _time_limit():
-    """Raise _OutOfTime in the block after MAX_SECONDS; no limit outside of the main thread, which gets signals."""
-    if threading.current_thread() is not threading.main_thread():
+def _alarm():
+    """Inside, the timer raises _OutOfTime. Only the outermost block sets the handler, since that is slow."""
+    global _armed
+    if _armed or not _in_main_thread():
         yield
         return
 
-    def alarm(*_):
+    def ring(*_):
         raise _OutOfTime
 
-    handler = signal.signal(signal.SIGALRM, alarm)
-    theirs = signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+    theirs = signal.setitimer(signal.ITIMER_REAL, 0)
+    handler, _armed = signal.signal(signal.SIGALRM, ring), True
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _set_timer(0)
+        _armed = False
         signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
-        if theirs[0]:
-            signal.setitimer(signal.ITIMER_REAL, *theirs)
+        _set_timer(*theirs)
+
+
+@contextlib.contextmanager
+def _kept_precision():
+    """MathAPI sets the process's precision of mpmath and decimal."""
+    mpmath = importlib.import_module("mpmath")
+    with mpmath.workprec(mpmath.mp.prec), decimal.localcontext():
+        yield
 
 
 @dataclass
@@ -702,7 +746,7 @@ class Verdict:
     progress: float | None  # turns that passed before the first failure / turns
 
     def reward(self, kind: str) -> float:
-        """official: valid; paper: R_state * R_action; progress. Errors: BfclError where there is no such reward."""
+        """official: valid; paper: R_state * R_action; progress. Errors: BfclError if there is none."""
         values = {"official": self.valid, "paper": self.state and self.action, "progress": self.progress}
         if values[_choose("reward", kind, REWARDS)] is None:
             raise BfclError(f"the paper protocol has no {kind!r} reward; use --reward paper")
@@ -712,10 +756,10 @@ class Verdict:
 def _covers(made, gold: list[tuple]) -> bool:
     """R_action: each gold call has a call of its own with the same name and (at least) the same parameters.
 
-    Not a greedy search: f(x=1, y=2) can serve f(x=1) or f(y=2), so servers may have to move (augmenting paths).
+    Not greedy: f(x=1, y=2) can serve f(x=1) or f(y=2), so servers may have to move (augmenting paths).
     """
     names = {name for name, _ in gold}
-    made, serves = [call for call in made if call and call[0] in names], {}
+    made, serves = [call for call in made if call[0] in names], {}
 
     def place(g: int, tried: set) -> bool:
         for m, (name, params) in enumerate(made):
@@ -732,10 +776,11 @@ def _covers(made, gold: list[tuple]) -> bool:
 def judge(task: Task, turns: list[list[list[str]]]) -> Verdict:
     """The verdict on recorded calls: `turns` is list[turn][step][call string], of any length."""
     episode = Episode(task)
-    for turn in turns:
-        for step in turn:
-            episode.execute(step)
-        episode.end_turn()
+    with _alarm():
+        for turn in turns:
+            for step in turn:
+                episode.execute(step)
+            episode.end_turn()
     return episode.verdict()
 
 
@@ -755,12 +800,13 @@ class Step:
 class BfclEnv:
     """A conversation about one task.
 
-    official: turn by turn, as on the leaderboard. A text without calls ends the turn, MAX_STEPS executed steps in
-              a turn end the conversation; withheld functions arrive as the user message of their turn.
-    paper:    all user turns in one message; a function done() ends the conversation (arXiv 2602.03025). Assumed
-              where the paper is silent: withheld functions are there from the start and their turn is skipped;
-              vague turns stay, followed by their clarification; calls after done() are not executed; a text
-              without calls ends the conversation, as do MAX_STEPS steps; there is only the paper's reward.
+    official: turn by turn, as on the leaderboard. A text without calls ends the turn, MAX_STEPS executed
+              steps in a turn end the conversation; withheld functions come as their turn's user message.
+    paper:    all user turns in one message; a function done() ends the conversation (arXiv 2602.03025).
+              Assumed where the paper is silent: withheld functions are there from the start, their turn is
+              skipped; vague turns stay, followed by their clarification; calls after done() are not
+              executed; a text without calls ends the conversation, as do MAX_STEPS steps; there is only the
+              paper's reward.
     """
 
     def __init__(self, task: Task, docs="signature", style="python", protocol="official"):
@@ -788,7 +834,7 @@ class BfclEnv:
                 {"role": "user", "content": user}]
 
     def step(self, text: str) -> Step:
-        """Execute the calls in a model's text; without calls, end the turn. Errors: BfclError if already done."""
+        """Execute the calls in a model's text; without calls, end the turn. Errors: BfclError when done."""
         if self.done:
             raise BfclError("this conversation is over; make a new BfclEnv")
         try:
@@ -810,7 +856,7 @@ class BfclEnv:
         return Step(results, next_user, self.done, reason, calls)
 
     def _next_user(self) -> str:
-        """The next turn's text, or its withheld functions in the words of the prompting and Qwen FC handlers."""
+        """The next turn's text, or its withheld functions in the prompting and Qwen FC handlers' words."""
         turn = len(self.turns)
         if turn not in self.task.missed:
             return self.task.turns[turn]
@@ -909,7 +955,7 @@ def add_world_flags(parser: argparse.ArgumentParser, part: str = "train"):
 
 
 def select_tasks(args: argparse.Namespace) -> list[Task]:
-    """The tasks that the flags choose. Errors: BfclError for unknown ids or categories, or if none is left."""
+    """The tasks that the flags choose. Errors: BfclError for unknown ids or categories, or no task left."""
     def items(text):
         return [item.strip() for item in text.split(",") if item.strip()]
 

@@ -1,10 +1,10 @@
 """Evaluation: how often a checkpoint succeeds, by reward token.
 
     python eval_bfcl.py --ckpt runs/rl_rcgrpo/model                              # the test part of the split
-    python eval_bfcl.py --ckpt smollm2-135m-instruct runs/sft_rctp/model --reward_tokens high,low,none --samples 4
+    python eval_bfcl.py --ckpt smollm2-135m-instruct runs/sft_rctp/model --reward_tokens high,low --samples 4
 
     1. for each checkpoint and reward token, roll out every task --samples times
-    2. success = mean reward, with a 95 % interval from a bootstrap over families (variants of one id are related)
+    2. success = mean reward, with a 95 % interval bootstrapped over families (variants of an id are related)
     3. a table, the trajectories under --out, and as last line one JSON object with all figures
 """
 import argparse
@@ -24,7 +24,8 @@ def parse_args():
     add("--reward_tokens", default="high", help="comma list of high, low, none (default: %(default)s)")
     add("--samples", type=number(int, 1), default=1, help="rollouts a task and token (default: %(default)s)")
     add("--out", default="runs/eval", help="folder for the trajectories (default: %(default)s)")
-    add("--dtype", default="auto", choices=("auto", "bf16", "fp32"), help="of the model (default: %(default)s)")
+    add("--dtype", default="auto", choices=("auto", "bf16", "fp32"),
+        help="of the model (default: %(default)s)")
     add("--seed", type=number(int, 0), default=0, help="of the sampling (default: %(default)s)")
     bfcl_env.add_sampling_flags(parser)
     bfcl_env.add_world_flags(parser, part="test")
@@ -33,7 +34,8 @@ def parse_args():
         args.reward_tokens = args.reward_tokens.split(",")
         for token in args.reward_tokens:
             if token not in ("high", "low", "none"):
-                raise BfclError(f"unknown reward token {token!r} in --reward_tokens: give a comma list of high, low, none")
+                raise BfclError(f"unknown reward token {token!r} in --reward_tokens: give a comma list of "
+                                "high, low, none")
         for ckpt in args.ckpt:
             bfcl_env.check_model(ckpt)
         bfcl_env.select_tasks(args)
@@ -66,7 +68,8 @@ def interval(values, families, seed: int = 0) -> tuple[float, float]:
 
 
 def summarise(trajectories, tasks, family_of) -> dict:
-    """{"success", "n", "interval", "reasons", "categories": {name: {"success", "n"}}} of one checkpoint and token."""
+    """Figures of one checkpoint and token: {"success", "n", "interval", "reasons",
+    "categories": {name: {"success", "n"}}}."""
     by_id = {task.id: task for task in tasks}
     rewards = [t.reward for t in trajectories]
     categories = {}
@@ -103,7 +106,8 @@ def main(args):
             envs = [BfclEnv(task, args.docs, policy.style(args.style), args.protocol)
                     for task in tasks for _ in range(args.samples)]
             trajectories = rollout(policy, envs, [None if token == "none" else token] * len(envs),
-                                   [(args.seed, 0, i, j) for i in range(len(tasks)) for j in range(args.samples)],
+                                   [(args.seed, 0, i, j)
+                                    for i in range(len(tasks)) for j in range(args.samples)],
                                    progress=f"{label}, {token}", **sampling(args))
             # step 2: success
             row[token] = summarise(trajectories, tasks, family_of)
@@ -118,27 +122,31 @@ def main(args):
     def cell(figures):
         low, high = figures["interval"]
         return f"{100 * figures['success']:5.1f} [{100 * low:.0f}, {100 * high:.0f}]"
-    head = ["checkpoint"] + [f"success, {token} token" for token in args.reward_tokens] + ["n", "train min", "eval min"]
+    head = (["checkpoint"] + [f"success, {token} token" for token in args.reward_tokens]
+            + ["n", "train min", "eval min"])
     lines = [[row["label"]] + [cell(row[token]) for token in args.reward_tokens]
-             + [str(row[args.reward_tokens[0]]["n"]), f"{row['run']['seconds'] / 60:.1f}" if row["run"] else "-",
+             + [str(row[args.reward_tokens[0]]["n"]),
+                f"{row['run']['seconds'] / 60:.1f}" if row["run"] else "-",
                 f"{row['eval_seconds'] / 60:.1f}"] for row in table]
     widths = [max(map(len, column)) for column in zip(head, *lines)]
     print()
     for line in [head, ["-" * width for width in widths], *lines]:
         print(" | ".join(text.ljust(width) for text, width in zip(line, widths)))
     seen = sum(task.id in trained_on for task in tasks)
-    print(f"\n{len(tasks)} tasks x {args.samples} rollouts a token at temperature {args.temperature}; docs {args.docs}, "
-          f"protocol {args.protocol}, reward {args.reward}; percent with the 95 % interval over families.")
+    print(f"\n{len(tasks)} tasks x {args.samples} rollouts a token at temperature {args.temperature}; "
+          f"docs {args.docs}, protocol {args.protocol}, reward {args.reward}; percent with the 95 % interval "
+          "over families.")
     if seen == len(tasks):
-        print("These are the training tasks, memorised on purpose to see the machinery work: the figures say nothing "
-              "about new tasks.")
+        print("These are the training tasks, memorised on purpose to see the machinery work: the figures say "
+              "nothing about new tasks.")
     elif seen:
         print(f"Warning: {seen} of the {len(tasks)} tasks were trained on.")
     figures = {"table": table, "tasks": len(tasks), "samples": args.samples, "docs": args.docs,
                "protocol": args.protocol, "reward": args.reward, "temperature": args.temperature,
                "seconds": {**{row["label"]: row["run"]["seconds"] for row in table if row["run"]},
                            "evaluation": time.monotonic() - began},
-               "peak_memory_gb": max([peak_memory_gb(world), *(r["run"].get("peak_memory_gb", 0) for r in table)])}
+               "peak_memory_gb": max([peak_memory_gb(world),
+                                      *(r["run"].get("peak_memory_gb", 0) for r in table)])}
     write_json(out / "eval.json", figures)
     print(json.dumps(figures))
 

