@@ -125,6 +125,7 @@ class Step:
     slot: torch.Tensor  # [N] row of each token
     pos: torch.Tensor  # [N] its place among the row's own tokens
     rows: int  # B
+    longest: int  # T, own tokens of the longest row, this forward's included
     groups: list  # (Prefix, [b] indices of its rows)
     extensions: list  # (row, Prefix, first own place, first and last + 1 index into the N tokens)
 
@@ -135,8 +136,7 @@ class Step:
         out = torch.empty_like(q)  # [1, H, N, D]
         (_, H, _, D), B, K = q.shape, self.rows, keys.shape[1]
         # One query per row: scores over [prefix | own], the prefix read once for all rows that share it.
-        length = self.pos[:B] + 1  # [B]
-        T = int(length.max())
+        length, T = self.pos[:B] + 1, self.longest  # [B]
         last = q[0, :, :B].transpose(0, 1).reshape(B, K, H // K, D)  # [B, K, H/K, D]
         own = last @ keys[:B, :, :T].transpose(-1, -2)  # [B, K, H/K, T]
         own = own.masked_fill(torch.arange(T, device=q.device) >= length[:, None, None, None], float("-inf"))
@@ -429,6 +429,9 @@ def score(trajectories: list[Trajectory]) -> dict:
 # --------------------------------------------------------------------------------------------------
 # The sampler.
 
+BURST = {"cpu": 1, "cuda": 8}  # decode steps between two looks of the host at what was drawn
+
+
 def masked_logits(hidden, head, banned, temperature: float = 1.0):
     """What both the sampler and the trainer take the softmax of: fp32 logits / T, banned ids at -inf.
 
@@ -459,12 +462,13 @@ class _Row:
     token: str | None
     prefix: Prefix
     pending: list[int]  # ids whose keys and values are not computed yet
-    rng: np.random.Generator  # token t takes its t-th number, whatever the batch was
+    uniform: np.ndarray  # [max_total_tokens], token t takes number t, whatever the batch was
     ids: list[int]  # own ids, prefix not included
     mask: list[int]
     logps: list[float]
     cached: int = 0  # own ids in the cache
     message: int = 0  # tokens of the message being sampled
+    sampled: int = 0  # tokens of all its messages
     steps: int = 0
     calls: int = 0
     reason: str | None = None
@@ -501,18 +505,22 @@ def _head_dim(config) -> int:
 def rollout(policy: Policy, envs: list, reward_tokens: list[str | None],
             seeds: list[tuple[int, ...]] | None = None, temperature: float = 1.0, max_turn_tokens: int = 256,
             max_total_tokens: int = 2048, max_len: int = 8192, kv_gb: float = 4.0, reward: str = "official",
-            progress: str | None = None) -> list[Trajectory]:
+            progress: str | None = None, watch=None) -> list[Trajectory]:
     """Let the policy act in every world to the end; one Trajectory per world, in order.
 
     envs: worlds, one per rollout; reward_tokens: "high", "low" or None for each; seeds: integers that fix the
     random numbers of each rollout, such as (seed, step, task, rollout); max_len: tokens of a conversation, at
     most the model's context; kv_gb: GiB of KV cache; reward: the kind asked of `env.verdict().reward(kind)`;
-    progress: title of a progress bar. A conversation that would overflow ends with reason "context"."""
+    progress: title of a progress bar; watch(ids, sampled: bool): called with all that joins a conversation,
+    at once. A conversation that would overflow ends with reason "context"."""
     model, chat, config, device = policy.model, policy.chat, policy.model.config, policy.device
     seeds = seeds or [(0, i) for i in range(len(envs))]
     head = model.get_output_embeddings().weight.float()  # [V, hidden], once for the whole call
     max_len = min(max_len, policy.max_len)
     out: list[Trajectory | None] = [None] * len(envs)
+    heard = watch or (lambda ids, sampled: None)
+    ends = torch.zeros_like(policy.banned)  # [V] the tokens that end a message
+    ends[[chat.stop_id, *chat.header_ids]] = True
 
     def close(row: _Row):
         verdict = row.env.verdict()
@@ -529,8 +537,10 @@ def rollout(policy: Policy, envs: list, reward_tokens: list[str | None],
         ids = chat.opening(env.messages(), token)
         cut = ids.index(policy.reward_ids[token]) if token else len(ids) - 1
         own = ids[cut:]
-        rows.append(_Row(i, env, token, Prefix(tuple(ids[:cut]), None), own, np.random.default_rng(seeds[i]),
-                         own[:], [0] * len(own), [0.0] * len(own)))
+        uniform = np.random.default_rng(seeds[i]).random(max_total_tokens, dtype=np.float32)
+        rows.append(_Row(i, env, token, Prefix(tuple(ids[:cut]), None), own, uniform, own[:], [0] * len(own),
+                         [0.0] * len(own)))
+        heard(ids, False)
     bar = tqdm(total=len(rows), desc=progress, unit="rollout", disable=progress is None, dynamic_ncols=True)
     fits = [r for r in rows if len(r.prefix.ids) + len(r.ids) < max_len]
     for row in rows:
@@ -566,52 +576,64 @@ def rollout(policy: Policy, envs: list, reward_tokens: list[str | None],
 
         # step 3: one forward over the pending tokens of every row (of a long tool result 512 at a time)
         chunks = [row.pending[:512] for row in live]
-        ids, slot, place = [c[-1] for c in chunks], list(range(len(live))), []
+        ids, slot = [c[-1] for c in chunks], list(range(len(live)))
+        place = [row.cached + len(c) - 1 for row, c in zip(live, chunks)]
         extensions = []
-        for b, (row, chunk) in enumerate(zip(live, chunks)):
-            place.append(row.cached + len(chunk) - 1)
         for b, (row, chunk) in enumerate(zip(live, chunks)):
             if len(chunk) > 1:
                 extensions.append((b, row.prefix, row.cached, len(ids), len(ids) + len(chunk) - 1))
                 ids += chunk[:-1]
                 slot += [b] * (len(chunk) - 1)
                 place += range(row.cached, row.cached + len(chunk) - 1)
+        longest = max(place) + 1
         members: dict[tuple, list[int]] = {}
         for b, row in enumerate(live):
             members.setdefault(row.prefix.ids, []).append(b)
         groups = [(prefixes[p], torch.tensor(bs, device=device)) for p, bs in members.items()]
         starts = [len(live[b].prefix.ids) for b in slot]
-        ids, slot, place, starts = torch.tensor([ids, slot, place, starts], device=device)  # [N] each
-        layout = Step(own_kv, slot, place, len(live), groups, extensions)
-        hidden = model.model(input_ids=ids[None], position_ids=(place + starts)[None], use_cache=False,
-                             layout=layout).last_hidden_state  # [1, N, hidden]
         for row, chunk in zip(live, chunks):
             row.cached += len(chunk)
             row.pending = row.pending[len(chunk):]
 
-        # step 4: draw
-        logits = masked_logits(hidden[0, :len(live)], head, policy.banned, temperature)  # [B, V]
-        uniform = [row.rng.random() if not row.pending else 0.0 for row in live]
-        tokens, logps = draw(logits, torch.tensor(uniform, dtype=torch.float32, device=device),
-                             temperature == 0)
-        for row, token, logp in zip(live, tokens.tolist(), logps.tolist()):
-            if row.pending:
-                continue
-            row.ids.append(token), row.mask.append(1), row.logps.append(logp)
-            row.pending = [token]
-            row.message += 1
-            drawn += 1
-            sampled = sum(row.mask)
-            if token == chat.stop_id:
-                _act(row, policy, max_len)
-            elif token in chat.header_ids:
-                row.reason = "malformed"
-            elif row.message >= max_turn_tokens:
-                row.reason = "turn_tokens"
-            elif len(row.prefix.ids) + len(row.ids) >= max_len:
-                row.reason = "context"
-            if row.reason is None and sampled >= max_total_tokens:
-                row.reason = "total_tokens"
+        # step 4: draw. Where only single tokens are pending, several steps run before the host looks (a copy
+        # from the GPU waits for it); a row that ends meanwhile repeats its last token at the same place.
+        burst = 1 if extensions else min(BURST[device.type], *(min(
+            max_turn_tokens - r.message, max_total_tokens - r.sampled,
+            max_len - len(r.prefix.ids) - len(r.ids)) for r in live))
+        uniform = np.stack([row.uniform[row.sampled:row.sampled + burst] for row in live])
+        uniform = torch.from_numpy(uniform).to(device)  # [B, burst]
+        ids, slot, place, starts = torch.tensor([ids, slot, place, starts], device=device)  # [N] each
+        said, B = [], len(live)
+        for i in range(burst):
+            layout = Step(own_kv, slot, place, B, longest + i, groups, extensions)
+            hidden = model.model(input_ids=ids[None], position_ids=(place + starts)[None], use_cache=False,
+                                 layout=layout).last_hidden_state  # [1, N, hidden]
+            logits = masked_logits(hidden[0, :B], head, policy.banned, temperature)  # [B, V]
+            tokens, logps = draw(logits, uniform[:, i], temperature == 0)  # [B] each
+            said.append(torch.stack([tokens.double(), logps.double()]))  # exact for ids and for fp32
+            going = ~ends[ids[:B]] if i else torch.ones(B, dtype=torch.bool, device=device)
+            ids, place = torch.where(going, tokens, ids[:B]), place[:B] + going
+        said = torch.stack(said).tolist()  # [burst, 2, B], the one copy to the host
+        for b, row in enumerate(live):
+            for i in range(burst if not row.pending else 0):
+                token, logp = int(said[i][0][b]), said[i][1][b]
+                row.cached += bool(i)
+                row.ids.append(token), row.mask.append(1), row.logps.append(logp)
+                row.pending = [token]
+                row.message, row.sampled, drawn = row.message + 1, row.sampled + 1, drawn + 1
+                heard([token], True)
+                if token == chat.stop_id:
+                    _act(row, policy, max_len, heard)
+                elif token in chat.header_ids:
+                    row.reason = "malformed"
+                elif row.message >= max_turn_tokens:
+                    row.reason = "turn_tokens"
+                elif len(row.prefix.ids) + len(row.ids) >= max_len:
+                    row.reason = "context"
+                if row.reason is None and row.sampled >= max_total_tokens:
+                    row.reason = "total_tokens"
+                if token == chat.stop_id or row.reason:
+                    break
 
         # step 5: finished rows leave; the last row moves into the freed slot
         for b in reversed(range(len(live))):
@@ -626,7 +648,7 @@ def rollout(policy: Policy, envs: list, reward_tokens: list[str | None],
     return out
 
 
-def _act(row: _Row, policy: Policy, max_len: int) -> None:
+def _act(row: _Row, policy: Policy, max_len: int, heard) -> None:
     """The message is finished: its text goes to the world, the answer becomes the row's pending tokens."""
     text = policy.tokenizer.decode(row.ids[-row.message:-1], clean_up_tokenization_spaces=False)
     step = row.env.step(text)
@@ -641,6 +663,7 @@ def _act(row: _Row, policy: Policy, max_len: int) -> None:
         row.reason = "context"
         return
     row.pending += said
+    heard(said, False)
     row.ids += said
     row.mask += [0] * len(said)
     row.logps += [0.0] * len(said)
@@ -653,31 +676,44 @@ def answer(step) -> list[dict]:
 
 
 # --------------------------------------------------------------------------------------------------
+# Transcripts for people.
 
-def show(trajectory: Trajectory, tokenizer, colour: bool | None = None, full: bool = False) -> str:
-    """A transcript for people: forced text dim (the opening folded unless `full`), sampled text bright."""
-    colour = sys.stdout.isatty() if colour is None else colour
-    paint = (lambda code, s: f"\033[{code}m{s}\033[0m") if colour else (lambda code, s: s)
+def paint(text: str, code: str, colour: bool | None = None) -> str:
+    """ANSI colour on a terminal (colour None), always or never."""
+    return f"\033[{code}m{text}\033[0m" if (sys.stdout.isatty() if colour is None else colour) else text
+
+
+def piece(ids: list[int], sampled: bool, tokenizer, colour: bool | None = None) -> str:
+    """Part of a conversation as text: sampled bright, forced dim, and a long opening folded."""
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    if not sampled and len(text) > 1200:
+        text = f"{text[:120]} [... {len(ids)} tokens ...] {text[-400:]}"
+    return paint(text, "1;36" if sampled else "2", colour)
+
+
+def ending(t: Trajectory, colour: bool | None = None) -> str:
+    """One line on how it went."""
+    line = (f"{t.task} | token {t.reward_token or 'none'} | {t.reason} | {t.steps} messages, {t.calls} calls "
+            f"| reward {t.reward:g} | {t.verdict}")
+    return paint(line, "1;32" if t.reward else "1;31", colour)
+
+
+def show(t: Trajectory, tokenizer, colour: bool | None = None) -> str:
+    """The transcript of a trajectory."""
     parts, i = [], 0
-    while i < len(trajectory.ids):
-        j = i
-        while j < len(trajectory.ids) and trajectory.mask[j] == trajectory.mask[i]:
-            j += 1
-        text = tokenizer.decode(trajectory.ids[i:j], clean_up_tokenization_spaces=False)
-        if not i and not full and len(text) > 600:
-            text = f"{text[:120]} [... {j} prompt tokens ...] {text[-400:]}"
-        parts.append(paint("1;36", text) if trajectory.mask[i] else paint("2", text))
+    while i < len(t.ids):
+        j = next((j for j in range(i, len(t.ids)) if t.mask[j] != t.mask[i]), len(t.ids))
+        parts.append(piece(t.ids[i:j], bool(t.mask[i]), tokenizer, colour))
         i = j
-    end = (f"{trajectory.task} · token {trajectory.reward_token or 'none'} · {trajectory.reason} · "
-           f"{trajectory.steps} messages, {trajectory.calls} calls · reward {trajectory.reward:g} · "
-           f"{trajectory.verdict}")
-    return "".join(parts).rstrip("\n") + "\n" + paint("1;32" if trajectory.reward else "1;31", end)
+    return "".join(parts).rstrip("\n") + "\n" + ending(t, colour)
 
 
 if __name__ == "__main__":
-    torch.manual_seed(ARGS.seed)
     POLICY = load_policy(ARGS.model)
     ENV = bfcl_env.BfclEnv(TASK, ARGS.docs, POLICY.style(ARGS.style), ARGS.protocol)
     TOKEN = None if ARGS.reward_tokens == "none" else ARGS.reward_tokens
-    print(show(rollout(POLICY, [ENV], [TOKEN], [(ARGS.seed, 0, 0, 0)], progress="tokens",
-                       **sampling(ARGS))[0], POLICY.tokenizer))
+
+    def live(ids, sampled):
+        print(piece(ids, sampled, POLICY.tokenizer), end="", flush=True)
+    [ONE] = rollout(POLICY, [ENV], [TOKEN], [(ARGS.seed, 0, 0, 0)], **sampling(ARGS), watch=live)
+    print("\n" + ending(ONE))
