@@ -18,11 +18,11 @@ $(VENV)/installed: requirements.txt
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
-	$(TORCHRUN) sft_rctp.py $(DEMO) --out runs/demo/sft --epochs 7 --batch 2 --lr 1e-4
+	$(TORCHRUN) sft_rctp.py $(DEMO) --out runs/demo/sft --epochs 13 --batch 2
 	$(TORCHRUN) rl_rcgrpo.py $(DEMO) --init runs/demo/sft/model --out runs/demo/rl --steps 3 --prompts 4 --group 4 \
-		--max_turn_tokens 128
+		--max_turn_tokens 128 --max_len 2048
 	$(RUN) eval_bfcl.py $(DEMO) --ckpt smollm2-135m-instruct runs/demo/sft/model runs/demo/rl/model \
-		--reward_tokens high,low --samples 4 --max_turn_tokens 128 --out runs/demo/eval
+		--reward_tokens high,low --samples 4 --max_turn_tokens 128 --max_len 2048 --out runs/demo/eval
 
 test: $(VENV)/installed
 	$(RUN) -m pytest -q test_core.py

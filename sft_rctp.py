@@ -169,7 +169,7 @@ def token_logprobs(model, pack: Pack, banned, temperature: float = 1.0, chunk: i
     time and again in the backward pass: no [N, V] tensor exists."""
     hidden = model.model(input_ids=pack.ids[None], position_ids=pack.positions[None], use_cache=False,
                          layout=pack.layout).last_hidden_state[0]  # [N, hidden]
-    head = model.lm_head.weight
+    head = model.lm_head.weight.float()  # [V, hidden], once for all chunks
 
     def of_chunk(h, target):  # [m, hidden], [m] -> [m], [m]
         logp = masked_logits(h, head, banned, temperature).log_softmax(-1)  # [m, V]
@@ -223,10 +223,10 @@ def compute_dtype(flag: str, device) -> torch.dtype:
 def shard(model, dtype: torch.dtype, world: World):
     """FSDP2 over all ranks: fp32 masters, `dtype` compute, fp32 reduction. Adds `model.token_logprobs`."""
     mesh = torch.distributed.init_device_mesh(world.device.type, (world.size,))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    options = dict(mesh=mesh, reshard_after_forward=world.size > 1,  # one rank has nothing to free in between
+                   mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    for part in [*model.model.layers, model]:
+        fully_shard(part, **options)
     model.token_logprobs = types.MethodType(token_logprobs, model)
     register_fsdp_forward_method(model, "token_logprobs")  # calls inner modules: gather the root's weights
     return model.train()
