@@ -19,7 +19,7 @@ $(VENV)/installed: requirements.txt
 demo: $(VENV)/installed
 	rm -rf runs/demo
 	$(TORCHRUN) sft_rctp.py $(DEMO) --out runs/demo/sft --epochs 13 --batch 2
-	$(TORCHRUN) rl_rcgrpo.py $(DEMO) --init runs/demo/sft/model --out runs/demo/rl --steps 3 --prompts 4 --group 4 \
+	$(TORCHRUN) rl_rcgrpo.py $(DEMO) --init runs/demo/sft/model --out runs/demo/rl --steps 2 --prompts 4 --group 4 \
 		--max_turn_tokens 128 --max_len 2048
 	$(RUN) eval_bfcl.py $(DEMO) --ckpt smollm2-135m-instruct runs/demo/sft/model runs/demo/rl/model \
 		--reward_tokens high,low --samples 4 --max_turn_tokens 128 --max_len 2048 --out runs/demo/eval
@@ -32,6 +32,7 @@ test-full: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(RUN) bench.py env
+	$(RUN) bench.py sampler
 
 clean:
 	rm -rf $(VENV) runs/demo

@@ -1,6 +1,7 @@
 """The measured claims of the README, one sub-command each; the last line is one JSON object.
 
     python bench.py env        # milliseconds a verdict, against the official checker
+    python bench.py sampler    # seconds for the same rollouts, against generate of transformers
 """
 import argparse
 import contextlib
@@ -14,7 +15,7 @@ import bfcl_env
 
 
 def mutated(task, seed: int) -> list[list[list[str]]]:
-    """The gold calls, one a step, with one or two calls dropped, repeated, swapped or moved to another turn."""
+    """The gold calls, one a step, one or two of them dropped, repeated, swapped or moved to another turn."""
     rng, turns = random.Random(f"{task.id} {seed}"), [list(calls) for calls in task.gold]
     for _ in range(rng.randint(1, 2)):
         calls = rng.choice([calls for calls in turns if calls])
@@ -27,11 +28,11 @@ def mutated(task, seed: int) -> list[list[list[str]]]:
 
 
 def bench_env() -> dict:
-    """Milliseconds a verdict, ours and the official checker's, alternately in one process: 800 tasks x 8 trajectories.
+    """Milliseconds a verdict, ours and the official checker's, alternately in one process: 800 tasks x 8.
 
-    The official checker starts from fresh instances each time, as each evaluation does. `live_ms_per_verdict` is what
-    judging adds to a live rollout: the ends of its turns and the verdict. All gold sides are executed beforehand.
-    """
+    The official checker starts from fresh instances each time, as each evaluation does; our gold sides
+    are executed beforehand. `live_ms_per_verdict` is what judging adds to a live rollout: ends of turns
+    and the verdict."""
     from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_checker as checker
     from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_utils as executor
 
@@ -64,13 +65,130 @@ def bench_env() -> dict:
             live.append(spent + time.perf_counter() - start)
     ms = {name: 1000 * statistics.mean(times) for name, times in
           [("ms_per_verdict", ours), ("official_ms_per_verdict", official), ("live_ms_per_verdict", live)]}
-    result = {**{name: round(value, 4) for name, value in ms.items()}, "verdicts": len(ours), "agree": sum(agree),
-              "speedup": round(ms["official_ms_per_verdict"] / ms["ms_per_verdict"], 2)}
-    return result
+    return {**{name: round(value, 4) for name, value in ms.items()}, "verdicts": len(ours),
+            "agree": sum(agree), "speedup": round(ms["official_ms_per_verdict"] / ms["ms_per_verdict"], 2)}
+
+
+MESSAGES, TOKENS = 6, 64  # of each rollout of `sampler`, and tokens of a message
+RESULT = '{"result": "4821 items were found, none of them was changed"}'  # some 22 tokens
+
+
+class FixedWorld:
+    """A real task's opening, then always the same result, whatever is said."""
+
+    def __init__(self, task):
+        self.id, self.task, self.said = task.id, task, 0
+
+    def messages(self):
+        return bfcl_env.BfclEnv(self.task, docs="slim").messages()
+
+    def step(self, text):
+        self.said += 1
+        done = self.said == MESSAGES
+        return bfcl_env.Step([RESULT], None, done, "done" if done else None, [])
+
+    def verdict(self):
+        return bfcl_env.judge(self.task, [])
+
+
+def bare_products(policy, rows: int, prefix: int, own: int) -> float:
+    """Seconds of the matrix products of one decode step, and of nothing else, in a loop."""
+    import torch
+    config, dtype, device = policy.model.config, policy.model.dtype, policy.device
+    K, D = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    H, L = config.num_attention_heads, config.num_hidden_layers
+
+    def new(*shape, dtype=dtype):
+        return torch.randn(*shape, device=device).to(dtype)
+    head = new(config.vocab_size, config.hidden_size, dtype=torch.float32)
+    last = new(rows, config.hidden_size)
+    q, weights = new(K, rows * H // K, D), new(K, rows * H // K, prefix)
+    q_own, weights_own = new(rows, K, H // K, D), new(rows, K, H // K, own)
+    shared, mine = new(L, 2, K, prefix, D), new(L, 2, rows, K, own, D)
+    linears = [[m.weight for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+               for layer in policy.model.model.layers]
+    inputs = {w.shape[1]: new(rows, w.shape[1]) for w in linears[0]}
+    times = []
+    with torch.inference_mode():
+        for _ in range(12):
+            start = time.perf_counter()
+            for layer in range(L):
+                for w in linears[layer]:
+                    inputs[w.shape[1]] @ w.T
+                q @ shared[layer, 0].transpose(1, 2), weights @ shared[layer, 1]
+                q_own @ mine[layer, 0].transpose(2, 3), weights_own @ mine[layer, 1]
+            last.float() @ head.T
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def bench_sampler(G: int = 8) -> dict:
+    """The sampler against batched `generate`: the same weights, dtype, prompt and numbers of tokens.
+
+    One task with slim docs, G rollouts, six messages of 64 tokens, a tool result after each but the last.
+    generate: prefills the whole conversation for each message, as trainers on top do; generate_kept: keeps
+    its dynamic cache over the messages. decode_overhead: a decode step over its bare matrix products."""
+    import torch
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    import rollout as R
+    policy = R.load_policy(R.DEFAULT_MODEL)
+    chat, length = policy.chat, {}
+    for task in bfcl_env.load_tasks(["multi_turn_base"])[::10]:
+        length[task] = len(chat.opening(FixedWorld(task).messages(), "high"))
+    task = min(length, key=lambda task: abs(length[task] - 2400))
+    prompt, result = chat.opening(FixedWorld(task).messages(), "high"), chat.following(
+        [{"role": "tool", "content": RESULT}])
+
+    draw, clock = R.draw, []
+
+    def timed_draw(logits, uniform, greedy=False):  # the stop token comes as the 64th of a message, no sooner
+        logits[:, [chat.stop_id, *chat.header_ids]] = float("-inf")
+        ids, logps = draw(logits, uniform, greedy)
+        clock.append(time.perf_counter())
+        return (torch.full_like(ids, chat.stop_id) if len(clock) % TOKENS == 0 else ids), logps
+
+    def ours(G):
+        clock.clear()
+        start = time.perf_counter()
+        out = R.rollout(policy, [FixedWorld(task) for _ in range(G)], ["high"] * G,
+                        max_turn_tokens=TOKENS + 1, max_len=4096)
+        assert all(sum(t.mask) == MESSAGES * TOKENS for t in out)
+        return time.perf_counter() - start
+    R.draw = timed_draw
+    seconds = {g: ours(g) for g in (1, 4, 16)}
+    own = ours(G)
+    decode = statistics.median(b - a for a, b in zip(clock, clock[1:]))
+    R.draw = draw
+
+    model = AutoModelForCausalLM.from_pretrained(R.smollm2_dir(), dtype=policy.model.dtype,
+                                                 attn_implementation="sdpa").to(policy.device)
+
+    def generate(keep: bool):
+        cache, ids = DynamicCache(config=model.config), torch.tensor([prompt] * G, device=policy.device)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            for message in range(MESSAGES):
+                ids = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, pad_token_id=0,
+                                     max_new_tokens=TOKENS, min_new_tokens=TOKENS,
+                                     **({"past_key_values": cache} if keep else {}))  # [G, tokens so far]
+                ids = torch.cat([ids, torch.tensor([result] * G, device=policy.device)], 1)
+        return time.perf_counter() - start
+    kept, again = generate(True), generate(False)
+    tail = len(prompt) - length[task] + MESSAGES // 2 * (TOKENS + len(result))  # own tokens half-way
+    config = policy.model.config
+    token_bytes = (2 * config.num_hidden_layers * config.num_key_value_heads * policy.model.dtype.itemsize
+                   * config.hidden_size // config.num_attention_heads)
+    *_, gib = R.cache_size(token_bytes, [tuple(prompt)] * G, 4096, 4.0)
+    return {"prompt_tokens": len(prompt), "result_tokens": len(result), "G": G, "seconds": own,
+            "generate_seconds": again, "generate_kept_seconds": kept, "speedup_vs_generate": again / own,
+            "speedup_vs_generate_kept": kept / own, "decode_ms": 1000 * decode,
+            "decode_overhead": decode / bare_products(policy, G, len(prompt), tail),
+            "peak_kv_bytes": int(gib * 2**30), "seconds_a_rollout": {g: s / g for g, s in seconds.items()}}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Measure a claim of the README.")
-    parser.add_argument("what", choices=["env"])
-    parser.parse_args()
-    print(json.dumps(bench_env()))
+    benches = {"env": bench_env, "sampler": bench_sampler}
+    parser.add_argument("what", choices=benches)
+    print(json.dumps(benches[parser.parse_args().what]()))

@@ -99,7 +99,7 @@ def main(args):
                       f"{getattr(args, name)}", file=sys.stderr)
         trained_on |= set(policy.contract.get("tasks", ()))
         label = STAGES[policy.contract.get("stage")]
-        row = {"ckpt": ckpt, "label": label}
+        row = {"ckpt": ckpt, "stage": policy.contract.get("stage"), "label": label}
 
         # step 1: rollouts
         for token in args.reward_tokens:
@@ -143,7 +143,7 @@ def main(args):
         print(f"Warning: {seen} of the {len(tasks)} tasks were trained on.")
     figures = {"table": table, "tasks": len(tasks), "samples": args.samples, "docs": args.docs,
                "protocol": args.protocol, "reward": args.reward, "temperature": args.temperature,
-               "seconds": {**{row["label"]: row["run"]["seconds"] for row in table if row["run"]},
+               "seconds": {**{row["stage"]: row["run"]["seconds"] for row in table if row["run"]},
                            "evaluation": time.monotonic() - began},
                "peak_memory_gb": max([peak_memory_gb(world),
                                       *(r["run"].get("peak_memory_gb", 0) for r in table)])}

@@ -250,8 +250,8 @@ def main(args):
                        for x, m in zip(trajectories[i].logps, trajectories[i].mask) if m]
             difference = (logp.detach() - torch.tensor(sampled, device=logp.device)).abs()
             largest_gap = max(largest_gap, difference.max().item())
-            for name, value in (("kl", stats["kl"] * len(logp)), ("tokens", len(logp)), ("loss", loss),
-                                ("clip_ratio", stats["clip_ratio"] * len(logp)),
+            for name, value in (("kl", stats["kl"] * len(logp)), ("tokens", len(logp)),
+                                ("loss", loss.detach()), ("clip_ratio", stats["clip_ratio"] * len(logp)),
                                 ("entropy", entropy.sum()), ("gap", difference.sum())):
                 sums[name] += float(value)
             return loss

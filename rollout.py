@@ -501,6 +501,17 @@ def _head_dim(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def cache_size(token_bytes: int, prefixes: list[tuple], max_len: int, kv_gb: float) -> tuple[int, int, float]:
+    """Rows at once, own tokens of a row, and GiB in all. prefixes: the prefix ids of each rollout; one that
+    several rollouts share is kept once."""
+    if not prefixes:
+        return 0, 1, 0.0
+    own = max_len - min(map(len, prefixes))
+    row = own + max(map(len, prefixes)) * len(set(prefixes)) / len(prefixes)  # its share of the prefixes too
+    slots = min(len(prefixes), max(1, int(kv_gb * 2**30 / token_bytes / row)))
+    return slots, own, slots * row * token_bytes / 2**30
+
+
 @torch.inference_mode()
 def rollout(policy: Policy, envs: list, reward_tokens: list[str | None],
             seeds: list[tuple[int, ...]] | None = None, temperature: float = 1.0, max_turn_tokens: int = 256,
@@ -550,15 +561,15 @@ def rollout(policy: Policy, envs: list, reward_tokens: list[str | None],
     order = {ids: i for i, ids in enumerate(dict.fromkeys(r.prefix.ids for r in fits))}
     waiting = deque(sorted(fits, key=lambda r: order[r.prefix.ids]))
 
-    # The cache: `slots` rows of T own tokens, beside the prefixes that they need.
-    token_bytes = (2 * config.num_hidden_layers * config.num_key_value_heads * _head_dim(config)
-                   * model.dtype.itemsize)
-    T = max((max_len - len(r.prefix.ids) for r in fits), default=1)
-    shared = max((len(p) for p in order), default=0) * len(order) / max(1, len(fits))  # prefix tokens a row
-    slots = min(len(fits), max(1, int(kv_gb * 2**30 / token_bytes / (T + shared))))
-    # Zeros: what stands behind a row's end gets weight 0, and 0 times the NaN of unwritten memory is NaN.
+    # The cache: `slots` rows of T own tokens, beside the prefixes that they need. Zeros, since what stands
+    # behind a row's end gets weight 0, and 0 times the NaN of unwritten memory is NaN.
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * _head_dim(config)
+    token_bytes *= model.dtype.itemsize
+    slots, T, gib = cache_size(token_bytes, [r.prefix.ids for r in fits], max_len, kv_gb)
     own_kv = torch.zeros(config.num_hidden_layers, 2, slots, config.num_key_value_heads, T, _head_dim(config),
                          dtype=model.dtype, device=device)  # [L, 2, slots, K, T, D]
+    if progress:
+        bar.set_description(f"{progress} ({slots} at once, KV cache at most {gib:.2f} GiB)")
     prefixes: dict[tuple, Prefix] = {}
     live: list[_Row] = []  # row b lives in slot b
     started, drawn = time.monotonic(), 0

@@ -390,7 +390,7 @@ def messages_for(task, turns: list[list[Call]], style: str) -> list[str]:
 
 
 def corrupt(task, turns: list[list[Call]], rng: random.Random) -> list[list[Call]]:
-    """Mistakes that a model really makes, in every other turn on average, as one who fails seldom does so only once.
+    """Mistakes that a model really makes, in every other turn on average: who fails, seldom fails only once.
 
     Nothing here says that the result fails: judge it."""
     busy = [t for t, calls in enumerate(turns) if calls]
@@ -399,7 +399,7 @@ def corrupt(task, turns: list[list[Call]], rng: random.Random) -> list[list[Call
 
 
 def _mistake(task, calls: list[Call], turns, rng) -> list[Call]:
-    """One turn's calls with a wrong argument, a call left out, an early stop, a wrong order or a wrong function."""
+    """A turn's calls with a wrong argument or function, a call left out, an early stop, or a wrong order."""
     i = rng.randrange(len(calls))
     call = calls[i]
     kind = rng.choice(["argument", "missing", "stop", "order", "function"])

@@ -168,7 +168,7 @@ def templates():
 def test_other_templates(name):
     """A renderer made for one template grows a wrong newline, a lost tool or a double header on the next."""
     tokenizer = sampler.tiny_tokenizer()
-    tokenizer.add_tokens([f"<{end}{t}>" for t in ("tool_call", "tool_response", "think") for end in ("", "/")])
+    tokenizer.add_tokens([f"<{end}{t}>" for end in ("", "/") for t in ("tool_call", "tool_response", "think")])
     tokenizer.add_tokens(["<|sep|>"], special_tokens=True)
     tokenizer.chat_template = templates()[name]
     chat = Chat(tokenizer)
@@ -1290,7 +1290,7 @@ def test_pipeline(pipeline):
     figures = json.loads(ev.stdout.splitlines()[-1])
     assert [row["label"] for row in figures["table"]] == ["base model", "after RCTP-FT", "after RC-GRPO"]
     assert figures["table"][1]["low"]["n"] == 4 and figures["peak_memory_gb"] > 0
-    assert set(figures["seconds"]) == {"after RCTP-FT", "after RC-GRPO", "evaluation"}
+    assert set(figures["seconds"]) == {"rctp", "rcgrpo", "evaluation"}
     assert "memorised on purpose" in ev.stdout
 
 
