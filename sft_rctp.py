@@ -243,7 +243,7 @@ def update(model, optimizer, packs: list[Pack], loss_of, world: World, max_grad_
     loss_of(pack) -> scalar whose sum over the packs of all ranks is the loss: the gradient depends neither on
     how the packs are cut nor on how many ranks there are. Every rank makes the same number of forwards, the
     missing ones over a pack without loss positions."""
-    count = int(world.all_reduce(len(packs), dist.ReduceOp.MAX))
+    count = int(world.all_reduce(max(1, len(packs)), dist.ReduceOp.MAX))
     empty = torch.tensor([], dtype=torch.long)
     idle = Pack(Packed(1, []), torch.tensor([0]), torch.tensor([0]), empty, empty, empty)
     optimizer.zero_grad()
@@ -251,6 +251,8 @@ def update(model, optimizer, packs: list[Pack], loss_of, world: World, max_grad_
         model.set_requires_gradient_sync(i == count - 1)  # between micro-batches gradients stay in place
         (loss_of(p.to(world.device)) * world.size).backward()  # FSDP averages over ranks, this is a sum
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).full_tensor().item()
+    if not math.isfinite(norm):  # the same number on every rank
+        raise BfclError(f"the gradient's norm is {norm}: the weights of the last step are kept; lower --lr")
     optimizer.step()
     return norm
 
@@ -337,7 +339,6 @@ def save_model(model, policy: Policy, out: Path, contract: dict, world: World) -
         policy.model.save_pretrained(partial, state_dict=state)
         policy.tokenizer.save_pretrained(partial)
         write_json(partial / CONTRACT, contract)
-        shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
     dist.barrier()
 
@@ -365,8 +366,9 @@ def _values(call: Call):
     return [v for v in flat if len(v) > 2]
 
 
-def messages_for(task, turns: list[list[Call]], style: str) -> list[str]:
-    """What an agent making these calls would say: calls grouped into messages, a closing message per turn.
+def messages_for(task, turns: list[list[Call]], style: str, protocol: str = "official") -> list[str]:
+    """What an agent making these calls would say: calls grouped into messages, a closing message per turn (in
+    the paper's protocol, where words end the conversation, only a last call of `done()`).
 
     A call with an argument that stands only in a result of the message being composed starts the next one."""
     episode, said, known = Episode(task), [], ""
@@ -383,10 +385,12 @@ def messages_for(task, turns: list[list[Call]], style: str) -> list[str]:
         if message:
             said.append(write_calls(message, style))
             known += fresh
+        if protocol == "paper":
+            continue
         # Written so that neither decoder can take it for a call.
         said.append(f"Done. {calls[-1].name} returned: {result[:80]}" if calls else
                     "I can't do this yet: a function or a detail is missing. Could you give it to me?")
-    return said
+    return said + ([write_calls([Call("done")], style)] if protocol == "paper" else [])
 
 
 def corrupt(task, turns: list[list[Call]], rng: random.Random) -> list[list[Call]]:
@@ -427,7 +431,9 @@ def _wrong(value, turns, rng):
         return not value
     if isinstance(value, (int, float)):
         return value + rng.choice([1, 10, 100])
-    return value + "_new" if isinstance(value, str) else value[:-1]
+    if isinstance(value, str):
+        return value + "_new"
+    return value[:-1] if isinstance(value, list) and value else [value]
 
 
 def record(policy: Policy, env, said: list[str], reward_token: str | None,
@@ -460,7 +466,8 @@ def stage1_data(policy: Policy, tasks, args) -> tuple[list[list[Trajectory]], in
     for task in tqdm(tasks, desc="data", unit="task", disable=None, dynamic_ncols=True):
         def play(turns, token):
             env = BfclEnv(task, args.docs, style, args.protocol)
-            return record(policy, env, messages_for(task, turns, style), token, args.reward)
+            return record(policy, env, messages_for(task, turns, style, args.protocol), token,
+                          args.reward)
         gold = gold_calls(task)
         good = play(gold, "high")
         if good.reward != 1:
@@ -491,7 +498,9 @@ def main(args):
     banned, style = policy.banned, policy.style(args.style)
 
     # steps 1 and 2: data
-    pairs, left_out = stage1_data(policy, tasks, args)
+    data = [stage1_data(policy, tasks, args) if world.main else None]
+    dist.broadcast_object_list(data)  # made once: a few results depend on the hash seed of the process
+    pairs, left_out = data[0]
     if not pairs:
         raise BfclError(f"none of the {len(tasks)} tasks fits --max_len {args.max_len} and "
                         f"--tokens_per_microbatch {args.tokens_per_microbatch}: raise them or take smaller "
@@ -538,8 +547,6 @@ def main(args):
         lr = schedule.get_last_lr()[0]
         schedule.step()
         total = world.all_reduce(total)
-        if not math.isfinite(total):
-            raise BfclError(f"the loss of step {step} is {total}: lower --lr (now {args.lr})")
         seconds = time.monotonic() - start
         tokens = sum(len(p.ids) for p in packs)
         logger.log(step, steps, {"loss": total, "grad_norm": norm, "learning_rate": lr, "num_tokens": tokens,
