@@ -1,7 +1,8 @@
 # Two commands: `make demo` and `make test`. Each makes .venv and installs what it needs.
 PYTHON ?= python3
 VENV := .venv
-export PYTHONHASHSEED := 0  # some results of the benchmark print sets
+# Some results of the benchmark print sets.
+export PYTHONHASHSEED := 0
 RUN := $(VENV)/bin/python
 TORCHRUN := $(VENV)/bin/torchrun --standalone
 

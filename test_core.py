@@ -499,7 +499,7 @@ def test_every_task_can_be_corrupted():
 
 
 def test_world_text_cannot_break_the_batch():
-    """A lone surrogate in a tool result has no UTF-8 form: the tokenizer raises, and all rollouts are lost."""
+    """A lone surrogate in a tool result has no UTF-8 form: the tokenizer raises, all rollouts are lost."""
     env = BfclEnv(next(t for t in TASKS if "GorillaFileSystem" in t.classes))
     step = env.step("[mkdir(dir_name='d'), touch(file_name='\\ud800'), cat(file_name='\\ud800'), "
                     "cp(source='\\ud800', destination='d'), cp(source='\\ud800', destination='d')]")
