@@ -83,9 +83,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from rollout import load_policy, rollout, sampling, show, split_fitting
-from sft_rctp import (MetricsLogger, compute_dtype, full_state, make_optimizer, pack, peak_memory_gb,
-                      plot_curves, save_model, shard, start_run, start_world, token_logprobs, update,
-                      write_json)
+from sft_rctp import (MetricsLogger, compute_dtype, end_run, full_state, make_optimizer, pack, peak_memory_gb,
+                      shard, start_run, start_world, token_logprobs, update)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -298,15 +297,10 @@ def main(args):
             tqdm.write(f"about {metrics['step_time'] * args.steps / 60:.1f} minutes for {args.steps} steps")
     bar.close()
 
-    save_model(model, policy, out, {**policy.contract, "stage": "rcgrpo", "init": args.init}, world)
-    if world.main:
-        plot_curves(out, ["reward", "rc/reward_high", "rc/reward_low", "frac_reward_zero_std", "kl",
-                          "entropy"])
-        write_json(out / "summary.json", {"seconds": time.monotonic() - began,
-                                          "peak_memory_gb": peak_memory_gb(world), "steps": args.steps})
-        print(f"wrote {out / 'model'} after {(time.monotonic() - began) / 60:.1f} minutes; next: "
-              f"python eval_bfcl.py --ckpt {out / 'model'}")
-    dist.destroy_process_group()
+    seen = sorted({*policy.contract["tasks"], *(task.id for task in tasks)})
+    contract = {**policy.contract, "stage": "rcgrpo", "init": args.init, "tasks": seen}
+    end_run(model, policy, out, contract, world, began, ["reward", "rc/reward_high", "rc/reward_low",
+            "frac_reward_zero_std", "kl", "entropy"], "python eval_bfcl.py --ckpt")
 
 
 if __name__ == "__main__":

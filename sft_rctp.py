@@ -329,8 +329,10 @@ def plot_curves(out: Path, names: list[str]) -> None:
     plt.close(figure)
 
 
-def save_model(model, policy: Policy, out: Path, contract: dict, world: World) -> None:
-    """out/model: a plain Hugging Face directory (fp32), reward tokens in its tokenizer, and the contract."""
+def end_run(model, policy: Policy, out: Path, contract: dict, world: World, began: float, curves: list[str],
+            hint: str) -> None:
+    """Write out/model, a plain Hugging Face directory (fp32) with the reward tokens in its tokenizer and the
+    contract for the next stage; the curves; what the run took. `began`: its start on the monotonic clock."""
     state = full_state(model)
     if world.main:
         partial, final = out / "model.partial", out / "model"
@@ -340,7 +342,11 @@ def save_model(model, policy: Policy, out: Path, contract: dict, world: World) -
         policy.tokenizer.save_pretrained(partial)
         write_json(partial / CONTRACT, contract)
         partial.rename(final)
-    dist.barrier()
+        plot_curves(out, curves)
+        seconds = time.monotonic() - began
+        write_json(out / "summary.json", {"seconds": seconds, "peak_memory_gb": peak_memory_gb(world)})
+        print(f"wrote {final} after {seconds / 60:.1f} minutes; next: {hint} {final}")
+    dist.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -561,16 +567,9 @@ def main(args):
     # step 5: the model
     contract = {"stage": "rctp", "base_model": policy.contract.get("base_model", args.model),
                 "docs": args.docs, "style": style, "protocol": args.protocol, "reward_ids": policy.reward_ids,
-                "tasks": [task.id for task in tasks], "data_sha256": bfcl_env.data_sha256()}
-    save_model(model, policy, out, contract, world)
-    if world.main:
-        plot_curves(out, ["loss", "grad_norm", "learning_rate"])
-        summary = {"seconds": time.monotonic() - began, "peak_memory_gb": peak_memory_gb(world),
-                   "steps": steps, "loss": total}
-        write_json(out / "summary.json", summary)
-        print(f"wrote {out / 'model'} after {summary['seconds'] / 60:.1f} minutes; next: "
-              f"torchrun rl_rcgrpo.py --init {out / 'model'}")
-    dist.destroy_process_group()
+                "tasks": [good.task for good, _ in pairs], "data_sha256": bfcl_env.data_sha256()}
+    end_run(model, policy, out, contract, world, began, ["loss", "grad_norm", "learning_rate"],
+            "torchrun rl_rcgrpo.py --init")
 
 
 if __name__ == "__main__":
