@@ -341,8 +341,8 @@ def make_policy(name: str, model, tokenizer) -> Policy:
         rows = model.get_input_embeddings().weight.shape[0]
         if len(tokenizer) > rows:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        # Both start from the mean embedding, moved towards their own word. From one and the same start a model
-        # told them apart in nothing after 48 updates of four tasks; from here, in three of the four.
+        # Both start from the mean embedding, moved towards their own word. From one and the same start a
+        # model told them apart in nothing after 48 updates of four tasks; from here, in three of the four.
         plain = {k: tokenizer.encode(" " + k, add_special_tokens=False) for k in REWARD_TOKENS}
         with torch.no_grad():
             for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
