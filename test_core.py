@@ -372,6 +372,11 @@ def test_micro_batches_change_no_gradient(world):
                         lambda p: -model.token_logprobs(p, policy.banned)[0].sum() / count,
                         world, max_grad_norm=1e9)
         grads.append((len(packs), {n: p.grad.full_tensor() for n, p in model.named_parameters()}))
+    plain = tiny_policy()
+    for p in packs:
+        (-sft_rctp.token_logprobs(plain.model, p, plain.banned)[0].sum() / count).backward()
+    for name, p in plain.model.named_parameters():  # and it is the gradient of the loss, not a multiple of it
+        assert (grads[2][1][name] - p.grad).norm() <= 1e-6 * p.grad.norm()
     assert len({n for n, _ in grads}) == 3
     for _, other in grads[:2]:
         assert all((other[n] - g).norm() <= 1e-6 * g.norm() for n, g in grads[2][1].items())
