@@ -49,7 +49,7 @@ ARGS = parse_args() if __name__ == "__main__" else None
 
 import numpy as np
 
-from rollout import load_policy, rollout, sampling, split_fitting
+from rollout import load_policy, rollout, sampling, score, split_fitting
 from sft_rctp import compute_dtype, peak_memory_gb, start_world, write_json
 
 STAGES = {None: "base model", "rctp": "after RCTP-FT", "rcgrpo": "after RC-GRPO"}
@@ -71,15 +71,15 @@ def summarise(trajectories, tasks, family_of) -> dict:
     """Figures of one checkpoint and token: {"success", "n", "interval", "reasons",
     "categories": {name: {"success", "n"}}}."""
     by_id = {task.id: task for task in tasks}
-    rewards = [t.reward for t in trajectories]
     categories = {}
     for t in trajectories:
-        categories.setdefault(by_id[t.task].category, []).append(t.reward)
-    reasons = [t.reason for t in trajectories]
-    return {"success": float(np.mean(rewards)), "n": len(rewards),
-            "interval": interval(rewards, [family_of[by_id[t.task].index] for t in trajectories]),
-            "reasons": {r: reasons.count(r) for r in sorted(set(reasons))},
-            "categories": {c: {"success": float(np.mean(v)), "n": len(v)} for c, v in categories.items()}}
+        categories.setdefault(by_id[t.task].category, []).append(t)
+    whole, parts = score(trajectories), {c: score(some) for c, some in categories.items()}
+    return {"success": whole["reward"], "n": whole["n"],
+            "interval": interval([t.reward for t in trajectories],
+                                 [family_of[by_id[t.task].index] for t in trajectories]),
+            "reasons": whole["reasons"],
+            "categories": {c: {"success": part["reward"], "n": part["n"]} for c, part in parts.items()}}
 
 
 def main(args):

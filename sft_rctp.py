@@ -11,7 +11,7 @@ Stage 1 teaches one policy both to succeed and to fail, and which of the two fro
     4. minimise the cross-entropy of what the assistant said: L = -E[ sum_t log pi(a_t | h_t, r) ]
     5. write the model as a plain Hugging Face directory, the reference of stage 2
 
-The first half of this file (`Pack` to `plot_curves`) is the training engine of both stages.
+The first half of this file (`Packed` to `end_run`) is the training engine of both stages.
 
 Axes: N tokens of one pack, M loss positions, H query heads, K key/value heads, D head width, V vocabulary.
 """
