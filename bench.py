@@ -2,9 +2,12 @@
 
     python bench.py env        # milliseconds a verdict, against the official checker
     python bench.py sampler    # seconds for the same rollouts, against generate of transformers
+    python bench.py train      # seconds and memory of a training step, against plain Hugging Face code
 """
 import argparse
 import contextlib
+import copy
+import gc
 import io
 import json
 import random
@@ -189,8 +192,89 @@ def bench_sampler(G: int = 8) -> dict:
             "peak_kv_bytes": int(gib * 2**30), "seconds_a_rollout": {g: s / g for g, s in seconds.items()}}
 
 
+def group_of(P: int, branches: int, length: int, loss: int, seed: int = 0) -> list:
+    """Trajectories of random ids that share P tokens and have `length` own ones, the last `loss` with loss."""
+    from rollout import Trajectory
+    rng = random.Random(seed)
+    shared = [rng.randrange(1000, 40000) for _ in range(P)]
+    mask = [0] * (P + length - loss) + [1] * loss
+    return [Trajectory("bench", None, shared + [rng.randrange(1000, 40000) for _ in range(length)], mask,
+                       [0.0] * len(mask), 0.0, "done", {}) for _ in range(branches)]
+
+
+def peak_above(work) -> int:
+    """Bytes that this process held at most while `work()` ran, above what it held before (Linux)."""
+    def status(field):
+        return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1])
+    gc.collect()
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # starts the peak anew
+    before = status("VmRSS")
+    work()
+    return status("VmHWM") - before
+
+
+def bench_train() -> dict:
+    """The trainer's forward and backward against plain Hugging Face code on the same weights, rows and dtype.
+
+    speedup: one row at a time, full logits; memory_ratio: one padded batch, full logits, peaks above the
+    weights; mfu: `sft_rctp.flops` over the rate of a matrix product; grad_rel_err: the largest over all
+    parameters, fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import rollout as R
+    import sft_rctp as S
+    torch.manual_seed(0)
+
+    def models(dtype):
+        policy = R.load_policy(R.DEFAULT_MODEL, dtype=dtype)
+        plain = AutoModelForCausalLM.from_config(copy.deepcopy(policy.model.config), dtype=dtype,
+                                                 attn_implementation="sdpa")
+        plain.load_state_dict(policy.model.state_dict())
+        return policy, plain
+
+    def ours(policy, rows):
+        [p] = S.pack(rows, budget=10**6)
+        (-S.token_logprobs(policy.model, p, policy.banned).sum()).backward()
+
+    def theirs(plain, rows):
+        ids = torch.tensor([t.ids for t in rows])  # [B, T]
+        labels = ids.masked_fill(torch.tensor([t.mask for t in rows]) == 0, -100)  # [B, T]
+        logits = plain(input_ids=ids, use_cache=False).logits.float()  # [B, T, V]
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(),
+                                          reduction="sum").backward()
+
+    def seconds(work):
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    policy, plain = models(torch.float32)
+    policy.banned[:] = False  # the plain path knows no banned ids
+    rows = group_of(512, 4, 64, 64)
+    ours(policy, rows)
+    theirs(plain, rows)
+    error = max(((p.grad - q.grad).norm() / q.grad.norm()).item()
+                for p, q in zip(policy.model.parameters(), plain.parameters(), strict=True))
+
+    dtype = S.compute_dtype("auto", policy.device)
+    policy, plain = models(dtype)
+    rows = group_of(1000, 4, 150, 150)
+    memory = [peak_above(lambda: ours(policy, rows)), peak_above(lambda: theirs(plain, rows))]
+    rows = group_of(2400, 8, 400, 250)
+    mine = min(seconds(lambda: ours(policy, rows)) for _ in range(2))
+    rate = S.matmul_rate(dtype, policy.device)
+    operations = S.flops(policy.model, [p.layout for p in S.pack(rows, 10**6)], sum(sum(t.mask) for t in rows))
+    one_by_one = seconds(lambda: [theirs(plain, [t]) for t in rows])
+    return {"seconds": mine, "plain_seconds": one_by_one, "speedup": one_by_one / mine,
+            "peak_bytes": memory[0], "plain_peak_bytes": memory[1], "memory_ratio": memory[1] / memory[0],
+            "matmul_gflops": rate / 1e9, "mfu": operations / mine / rate, "grad_rel_err": error}
+
+
 if __name__ == "__main__":
+    bfcl_env.settle_environment()
     parser = argparse.ArgumentParser(description="Measure a claim of the README.")
-    benches = {"env": bench_env, "sampler": bench_sampler}
+    benches = {"env": bench_env, "sampler": bench_sampler, "train": bench_train}
     parser.add_argument("what", choices=benches)
     print(json.dumps(benches[parser.parse_args().what]()))

@@ -32,6 +32,7 @@ import importlib.util
 import inspect
 import json
 import operator
+import os
 import pickle
 import random
 import re
@@ -908,16 +909,47 @@ def check_model(name: str) -> None:
                         "smollm2-135m-instruct")
 
 
-def check_out(out: str) -> None:
-    """Errors: BfclError if the folder holds a run already, or cannot be written."""
-    if (Path(out) / "config.json").exists():
-        raise BfclError(f"{out} holds another run: give a new folder with --out, or remove that one")
+def check_out(args: argparse.Namespace) -> None:
+    """Errors: BfclError if the run's folder holds a finished or another run, or cannot be written."""
+    out = Path(args.out)
+    if (out / "config.json").exists():
+        there = json.loads((out / "config.json").read_text())["args"]
+        here = json.loads(json.dumps(vars(args)))
+        free = {"resume", "save_every", "keep", "tracker", "kv_gb"}  # they change no weight
+        other = [f"--{k} {there.get(k)!r} there, {here.get(k)!r} here" for k in sorted({*there, *here} - free)
+                 if there.get(k) != here.get(k)]
+        if other or args.resume == "never":
+            raise BfclError(f"{out} holds another run ({'; '.join(other) or '--resume never'}): give a new folder "
+                            "with --out, or that run's flags to go on with it")
+        if (out / "model").exists():
+            raise BfclError(f"the run in {out} is finished, its model is {out}/model: give a new folder with --out")
     try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        (Path(out) / ".write").touch()
-        (Path(out) / ".write").unlink(missing_ok=True)  # another rank may have been faster
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".write").touch()
+        (out / ".write").unlink(missing_ok=True)  # another rank may have been faster
     except OSError as error:
         raise BfclError(f"cannot write to {out} ({error.strerror}): give another folder with --out") from None
+
+
+def validation_tasks(args: argparse.Namespace, trained: list[Task]) -> list[Task]:
+    """--eval_limit tasks of the split's validation part. Errors: BfclError if one is also trained on."""
+    if not args.eval_every:
+        return []
+    chosen = {**vars(args), "part": "val", "tasks": "", "limit": args.eval_limit}
+    tasks = select_tasks(argparse.Namespace(**chosen))
+    if {task.id for task in tasks} & {task.id for task in trained}:
+        raise BfclError("validation tasks are among those trained on (--part or --tasks): add --eval_every 0")
+    return tasks
+
+
+def settle_environment() -> None:
+    """Start the process again with what must be set before Python or torch start: a fixed hash seed (some
+    results print sets, and a resumed run must see them in the same order) and huge pages for torch's CPU
+    tensors (without them touching fresh memory takes a third of a training step)."""
+    wanted = {"PYTHONHASHSEED": "0", "THP_MEM_ALLOC_ENABLE": "1"}
+    if not wanted.keys() <= os.environ.keys():
+        os.environ.update({**wanted, **os.environ})
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser):
@@ -935,11 +967,11 @@ def add_sampling_flags(parser: argparse.ArgumentParser):
         help="GiB of KV cache; the number of live rows follows from it (default: %(default)s)")
 
 
-def add_training_flags(parser: argparse.ArgumentParser, out: str, lr: float):
+def add_training_flags(parser: argparse.ArgumentParser, out: str):
     """The flags of both training stages."""
     add = parser.add_argument_group("training").add_argument
     add("--out", default=out, help="folder of the run (default: %(default)s)")
-    add("--lr", default=lr, type=number(float, 0, 1), help="peak learning rate (default: %(default)s)")
+    add("--lr", type=number(float, 0, 1), help="peak learning rate (default: %(default)s)")
     add("--warmup", default=0.05, type=number(float, 0, 1), help="share of the steps (default: %(default)s)")
     add("--max_grad_norm", default=1.0, type=number(float, 0),
         help="of the clipped gradient (default: %(default)s)")
@@ -949,6 +981,16 @@ def add_training_flags(parser: argparse.ArgumentParser, out: str, lr: float):
     add("--dtype", default="auto", choices=("auto", "bf16", "fp32"),
         help="of the compute; auto: bf16 where the hardware has it (default: %(default)s)")
     add("--seed", default=0, type=number(int, 0), help="of data, order and sampling (default: %(default)s)")
+    add("--resume", default="auto", choices=("auto", "never"),
+        help="auto: go on with the run that --out holds (default: %(default)s)")
+    add("--save_every", default=50, type=number(int, 0), help="steps; 0: no checkpoints (default: %(default)s)")
+    add("--keep", default=1, type=number(int, 1),
+        help="newest checkpoints to keep, beside the best (default: %(default)s)")
+    add("--eval_every", default=50, type=number(int, 0),
+        help="steps between evaluations on validation tasks, and after the last; 0: none (default: %(default)s)")
+    add("--eval_limit", default=16, type=number(int, 1), help="validation tasks (default: %(default)s)")
+    add("--tracker", default="none", choices=("none", "wandb", "tensorboard"), help="log there too, if installed")
+    add("--plan", type=number(int, 1), metavar="RANKS", help="print what a run on so many ranks takes, and exit")
 
 
 def add_world_flags(parser: argparse.ArgumentParser, part: str = "train"):
@@ -975,6 +1017,8 @@ def select_tasks(args: argparse.Namespace) -> list[Task]:
     def items(text):
         return [item.strip() for item in text.split(",") if item.strip()]
 
+    if getattr(args, "tracker", "none") != "none" and not importlib.util.find_spec(args.tracker):
+        raise BfclError(f"--tracker {args.tracker}: pip install {args.tracker}")
     if args.protocol == "paper" and args.reward != "paper":
         raise BfclError(f"the paper protocol has no {args.reward!r} reward: add --reward paper")
     known = {task.id: task for task in load_tasks()}

@@ -15,7 +15,8 @@ One update:
     5. minimise -E[ 1/G sum_j min(rho_j A_j, clip(rho_j, 1 - eps, 1 + eps) A_j) - beta KL(pi || pi_ref) ]
 
 What the paper leaves open is decided so: the ratio rho is per token; a loss is averaged over a rollout's
-tokens, then over rollouts; a batch makes one update, so that rho is 1 and the clip does not act.
+tokens, then over rollouts; a batch is counted in rollouts and makes one update, so that rho is 1 and the clip does
+not act (it does from --inner_epochs 2 on).
 
 Axes: S tasks, G rollouts of a group, B rollouts, T sampled tokens of a rollout.
 """
@@ -30,33 +31,59 @@ import bfcl_env
 from bfcl_env import BfclEnv, BfclError, number
 
 
+# Two transcriptions of the paper's hyper-parameters; the second names no batch, and takes the first's.
+PRESETS = {"appendix": dict(lr=1e-6, beta=0.1, group=5, batch=256),
+           "notes": dict(lr=1e-5, beta=0.05, group=4, batch=256)}
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description="Stage 2: RC-GRPO.")
     add = parser.add_argument
+    add("--preset", choices=PRESETS, default="notes",
+        help="lr, beta, group and batch of the paper's appendix or of notes on it (default: %(default)s)")
     add("--init", default="runs/sft_rctp/model",
         help="a stage 1 checkpoint: start and KL reference (default: %(default)s)")
-    add("--steps", type=number(int, 1), default=400, help="updates (default: %(default)s)")
-    add("--prompts", type=number(int, 1), default=52,
-        help="tasks a step; the paper has 256 rollouts (default: %(default)s)")
-    add("--group", type=number(int, 2), default=5, help="G, rollouts a task (default: %(default)s)")
+    add("--steps", type=number(int, 1), default=400, help="batches (default: %(default)s)")
+    add("--batch", type=number(int, 1), help="rollouts a step, made whole groups (default: %(default)s)")
+    add("--prompts", type=number(int, 1), help="tasks a step (default: batch / group, rounded up)")
+    add("--group", type=number(int, 2), help="G, rollouts a task (default: %(default)s)")
     add("--reward_tokens", choices=["mixed", "high", "low", "none"], default="mixed",
-        help="what the rollouts carry; high is plain GRPO (default: %(default)s)")
+        help="what the rollouts carry; high or none is plain GRPO (default: %(default)s)")
     add("--p_high", type=number(float, 0, 1), default=0.5,
         help="P(r = high) of `mixed` (default: %(default)s)")
-    add("--beta", type=number(float, 0), default=0.1,
-        help="weight of the KL; 0: no reference (default: %(default)s)")
-    add("--clip", type=number(float, 0), default=0.2, help="eps of the clipped ratio (default: %(default)s)")
-    bfcl_env.add_training_flags(parser, "runs/rl_rcgrpo", lr=1e-6)
+    add("--token_draw", choices=["iid", "exact"], default="iid",
+        help="each rollout by itself, or G * p_high of each group (default: %(default)s)")
+    add("--baseline", choices=["group", "token"], default="group",
+        help="mean and std over the group, or over its rollouts with the same token (default: %(default)s)")
+    add("--advantage_scale", choices=["group", "none"], default="group",
+        help="divide by the std, or not (default: %(default)s)")
+    add("--loss_average", choices=["sequence", "token"], default="sequence",
+        help="over a rollout's tokens and then rollouts, or over all tokens (default: %(default)s)")
+    add("--zero_variance", choices=["keep", "drop"], default="keep",
+        help="groups with equal rewards: train on their KL, or leave them out (default: %(default)s)")
+    add("--truncated", choices=["keep", "mask"], default="keep",
+        help="rollouts that ran into a token limit: train on them, or not (default: %(default)s)")
+    add("--inner_epochs", type=number(int, 1), default=1, help="updates a batch (default: %(default)s)")
+    add("--beta", type=number(float, 0), help="weight of the KL; 0: no reference (default: %(default)s)")
+    add("--clip_low", type=number(float, 0, 1), default=0.2, help="ratio below 1 (default: %(default)s)")
+    add("--clip_high", type=number(float, 0), default=0.2, help="ratio above 1 (default: %(default)s)")
+    bfcl_env.add_training_flags(parser, "runs/rl_rcgrpo")
     bfcl_env.add_sampling_flags(parser)
     bfcl_env.add_world_flags(parser)
+    parser.set_defaults(**PRESETS[parser.parse_known_args()[0].preset])
     args = parser.parse_args()
+    args.prompts = args.prompts or -(-args.batch // args.group)
     try:
-        bfcl_env.check_out(args.out)
         contract = Path(args.init) / "rcgrpo.json"
         if not contract.is_file():
             raise BfclError(f"no stage 1 checkpoint at {args.init}: run `torchrun sft_rctp.py` first, or "
                             "give the model/ folder of a stage 1 run with --init")
-        for name, value in json.loads(contract.read_text()).items():
+        contract = json.loads(contract.read_text())
+        wanted = {"mixed": {"high", "low"}}.get(args.reward_tokens, {args.reward_tokens})
+        if missing := wanted - set(contract.get("tokens", wanted)):
+            print(f"warning: stage 1 (--arm {contract['arm']}) never saw the prompts of {sorted(missing)}",
+                  file=sys.stderr)
+        for name, value in contract.items():
             if name in ("docs", "protocol", "style") and getattr(args, name) not in (value, "auto"):
                 raise BfclError(f"stage 1 was trained with --{name} {value}, this run has "
                                 f"{getattr(args, name)}: give --{name} {value}")
@@ -68,106 +95,142 @@ def parse_args():
             raise BfclError("--temperature 0 is greedy: all rollouts of a group would be alike; give one "
                             "above 0")
         bfcl_env.check_model(args.init)
-        bfcl_env.select_tasks(args)
+        bfcl_env.validation_tasks(args, bfcl_env.select_tasks(args))
+        bfcl_env.check_out(args)
     except BfclError as error:
         sys.exit(f"error: {error}")
     return args
 
 
 # Flags are parsed before torch is imported, so that a mistake is told within seconds.
-ARGS = parse_args() if __name__ == "__main__" else None
+if __name__ == "__main__":
+    bfcl_env.settle_environment()
+    ARGS = parse_args()
 
 import torch
-import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from rollout import load_policy, rollout, sampling, show, split_fitting
-from sft_rctp import (MetricsLogger, compute_dtype, end_run, full_state, make_optimizer, pack, peak_memory_gb,
-                      shard, start_run, start_world, token_logprobs, update)
+from rollout import checksum, load_policy, rollout, sampling, show, split_fitting
+from sft_rctp import (Checkpointer, Interrupt, MetricsLogger, compute_dtype, copy_weights, end_run, evaluate,
+                      flops, learning_rate, make_optimizer, matmul_rate, pack, peak_memory_gb, plot_curves,
+                      release_weights, shard, shuffled, skipped_in_a_row, start_run, start_world, token_logprobs,
+                      update, write_json)
+
+TRUNCATED = ("turn_tokens", "total_tokens", "context")
+CURVES = ["reward", "rc/reward_high", "rc/reward_low", "rc/var_within_tokens", "rc/var_between_tokens",
+          "frac_reward_zero_std", "kl", "entropy", "grad_norm", "eval/reward_high"]
 
 
 # --------------------------------------------------------------------------------------------------
 # The maths: pure functions.
 
-def draw_reward_tokens(kind: str, group: int, p_high: float, rng: random.Random) -> list[str | None]:
-    """Reward tokens of a group: each rollout draws its own, P(high) = p_high; or all high, all low, none."""
-    if kind == "mixed":
+def draw_reward_tokens(kind: str, group: int, p_high: float, rng: random.Random,
+                       exact: bool = False) -> list[str | None]:
+    """Reward tokens of a group: each rollout draws its own, P(high) = p_high; or all high, all low, none.
+
+    exact: G * p_high rollouts get high, a fraction is rounded up with its probability, in random order."""
+    if kind != "mixed":
+        return [None if kind == "none" else kind] * group
+    if not exact:
         return ["high" if rng.random() < p_high else "low" for _ in range(group)]
-    return [None if kind == "none" else kind] * group
+    high = int(group * p_high + rng.random())
+    return rng.sample(["high"] * high + ["low"] * (group - high), group)
 
 
-def group_advantages(rewards: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+def group_advantages(rewards: torch.Tensor, tokens: torch.Tensor | None = None, scale: bool = True,
+                     eps: float = 1e-6) -> torch.Tensor:
     """A_j = (R_j - mean) / (std + eps) over the whole group, both tokens mixed; population std (ddof 0).
 
-    rewards [S, G] -> [S, G]. Equal rewards give exactly 0, whatever rounding does to their mean.
+    rewards [S, G] -> [S, G]. Equal rewards give exactly 0, whatever rounding does to their mean. tokens [S, G],
+    if given, restricts mean and std to the rollouts of the same token; without `scale` there is no division.
 
     >>> group_advantages(torch.tensor([[1., 0., 0., 1.], [1., 1., 1., 1.]]), eps=0)
     tensor([[ 1., -1., -1.,  1.],
             [ 0.,  0.,  0.,  0.]])
     """
-    mean = rewards.mean(1, keepdim=True)  # [S, 1]
-    std = rewards.std(1, correction=0, keepdim=True)  # [S, 1]
-    flat = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)  # [S, 1]
-    return torch.where(flat, 0.0, (rewards - mean) / (std + eps))
+    tokens = torch.zeros_like(rewards) if tokens is None else tokens
+    peer = tokens[:, :, None] == tokens[:, None, :]  # [S, G, G] whose reward is in whose baseline
+    others = rewards[:, None, :].expand(peer.shape)  # [S, G, G]
+    n = peer.sum(2)  # [S, G]
+    mean = (others * peer).sum(2) / n  # [S, G]
+    std = ((others - mean[:, :, None]).square() * peer).sum(2).div(n).sqrt()  # [S, G]
+    flat = ((others == rewards[:, :, None]) | ~peer).all(2)  # [S, G]
+    return torch.where(flat, 0.0, (rewards - mean) / (std + eps if scale else 1.0))
 
 
-def policy_loss(logp, old_logp, ref_logp, advantages, mask, clip: float = 0.2, beta: float = 0.1,
-                rollouts: int | None = None):
+def policy_loss(logp, old_logp, ref_logp, advantages, mask, clip_low: float = 0.2, clip_high: float = 0.2,
+                beta: float = 0.1, average: str = "sequence", count: int | None = None):
     """The clipped loss with its KL penalty, averaged over a rollout's tokens, then over rollouts.
 
-    logp (with gradient), old_logp, ref_logp (or None with beta 0), mask [B, T]; advantages [B]; rollouts: how
-    many the average is over, when the B given are only a part of the update. Returns the scalar loss and a
-    dict of means over the tokens with mask 1. KL is the k3 estimator exp(d) - d - 1 with d = ref_logp - logp
-    (Schulman 2020, http://joschu.net/blog/kl-approx.html): never negative, 0 where both agree."""
+    logp (with gradient), old_logp, ref_logp (or None with beta 0), mask [B, T]; advantages [B]; average "token":
+    over all tokens alike; count: how many rollouts (or tokens) the average is over, when those given are only a
+    part of the update. Returns the scalar loss and a dict of means over the tokens with mask 1. KL is the k3
+    estimator exp(d) - d - 1 with d = ref_logp - logp (Schulman 2020, http://joschu.net/blog/kl-approx.html):
+    never negative, 0 where both agree."""
     zero = torch.zeros_like(logp)
     logp = torch.where(mask, logp, zero)  # what stands at mask 0, NaN included, cannot reach the loss
     ratio = torch.where(mask, logp - old_logp, zero).exp()  # [B, T]
-    gain = torch.minimum(ratio * advantages[:, None],
-                         ratio.clamp(1 - clip, 1 + clip) * advantages[:, None])  # [B, T]
+    A = advantages[:, None]  # [B, 1]
+    gain = torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)  # [B, T]
     kl = zero
     if beta:
         d = torch.where(mask, ref_logp - logp, zero)
         kl = d.exp() - d - 1  # [B, T]
     per_token = torch.where(mask, beta * kl - gain, zero)
-    lengths = mask.sum(1).clamp(min=1)  # [B]
-    loss = (per_token.sum(1) / lengths).sum() / (rollouts or len(mask))
-    n = mask.sum().clamp(min=1)
-    clipped = ((ratio - 1).abs() > clip) & mask
-    return loss, {"kl": (kl.detach() * mask).sum() / n, "clip_ratio": clipped.sum() / n}
+    if average == "sequence":
+        per_token = per_token / mask.sum(1, keepdim=True).clamp(min=1)
+    loss = per_token.sum() / (count or (len(mask) if average == "sequence" else mask.sum()))
+    with torch.no_grad():
+        low, high = (ratio < 1 - clip_low) & (A < 0) & mask, (ratio > 1 + clip_high) & (A > 0) & mask
+        stats = {"kl": kl, "clip_ratio/low_mean": low, "clip_ratio/high_mean": high,
+                 "clip_ratio/region_mean": low | high}
+        return loss, {name: (x * mask).sum() / mask.sum().clamp(min=1) for name, x in stats.items()}
+
+
+def variance_parts(rewards: torch.Tensor, tokens: torch.Tensor) -> tuple[float, float]:
+    """Mean within-group variance of rewards [S, G], split by the law of total variance into its part WITHIN
+    tokens [S, G] and its part BETWEEN them.
+
+    The second is what Prop. 4.3 bounds, and what drawing tokens adds. By itself it teaches the high mode nothing:
+    for a fixed token, a baseline that does not depend on the action adds nothing to the expected gradient."""
+    means = torch.stack([rewards.masked_fill(tokens != t, 0).sum(1) / (tokens == t).sum(1).clamp(min=1)
+                         for t in (0, 1)], 1).gather(1, tokens)  # [S, G] each rollout's token's mean
+    return (rewards - means).square().mean().item(), means.var(1, correction=0).mean().item()
 
 
 # --------------------------------------------------------------------------------------------------
 
-def group_metrics(trajectories, rewards, p_high: float) -> dict:
-    """What shows whether the tokens do their work. trajectories: B, group after group; rewards [S, G]."""
+def group_metrics(trajectories, G: int, p_high: float) -> dict:
+    """What shows whether the tokens do their work. trajectories: group after group of G."""
+    rewards = torch.tensor([t.reward for t in trajectories]).view(-1, G)  # [S, G]
+    tokens = torch.tensor([int(t.reward_token == "high") for t in trajectories]).view(-1, G)  # [S, G]
+
+    def mean(values):
+        values = list(values)
+        return sum(values) / len(values)
     out = {"reward": rewards.mean().item(), "reward_std": rewards.std(1, correction=0).mean().item(),
            "frac_reward_zero_std": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
            "rc/within_group_var": rewards.var(1, correction=0).mean().item()}
-    by_token = {k: [t.reward for t in trajectories if t.reward_token == k] for k in ("high", "low")}
-    for k, values in by_token.items():
-        if values:
-            out[f"rc/reward_{k}"] = sum(values) / len(values)
-    if all(by_token.values()):
+    out["rc/var_within_tokens"], out["rc/var_between_tokens"] = variance_parts(rewards, tokens)
+    out["rc/frac_high"] = tokens.float().mean().item()
+    out["rc/frac_single_token_groups"] = (tokens.amax(1) == tokens.amin(1)).float().mean().item()
+    for token in ("high", "low"):
+        if some := [t.reward for t in trajectories if t.reward_token == token]:
+            out[f"rc/reward_{token}"] = mean(some)
+    if {"rc/reward_high", "rc/reward_low"} <= out.keys():
         gap = out["rc/mode_gap"] = out["rc/reward_high"] - out["rc/reward_low"]
-        G = rewards.shape[1]
-        # Prop. 4.3: E[within-group variance] >= this
-        out["rc/var_bound"] = (G - 1) / G * p_high * (1 - p_high) * gap**2
-        out["rc/frac_high"] = len(by_token["high"]) / len(trajectories)
-    said = [sum(t.mask) for t in trajectories]
-    out["completions/mean_length"] = sum(said) / len(said)
-    out["num_turns/mean"] = sum(t.steps for t in trajectories) / len(trajectories)
-    out["tool_call_counts/mean"] = sum(t.calls for t in trajectories) / len(trajectories)
-    for reason in ("malformed", "turn_tokens", "total_tokens", "context", "force_quit"):
-        out[f"rollout/{reason}_frac"] = sum(t.reason == reason for t in trajectories) / len(trajectories)
+        out["rc/var_bound"] = (G - 1) / G * p_high * (1 - p_high) * gap**2  # Prop. 4.3
+    for category in sorted({t.task.rsplit("_", 1)[0] for t in trajectories}):
+        out[f"reward/{category}"] = mean(t.reward for t in trajectories if t.task.startswith(category + "_"))
+    for part in ("state", "action"):
+        out[f"reward/{part}"] = mean(float(t.verdict.get(part) or 0) for t in trajectories)
+    out["completions/mean_length"] = mean(sum(t.mask) for t in trajectories)
+    out["num_turns/mean"] = mean(t.steps for t in trajectories)
+    out["tool_call_counts/mean"] = mean(t.calls for t in trajectories)
+    for reason in ("done", "malformed", "force_quit", *TRUNCATED):
+        out[f"rollout/{reason}_frac"] = mean(t.reason == reason for t in trajectories)
     return out
-
-
-def load_weights(model, state: dict) -> None:
-    """Copy whole parameters into the one unsharded copy."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(state[name])
 
 
 def main(args):
@@ -175,41 +238,51 @@ def main(args):
     world = start_world()
     out = start_run(args, world)
     (out / "rollouts").mkdir(exist_ok=True)
-    torch.manual_seed(args.seed)
     tasks = bfcl_env.select_tasks(args)
+    val_tasks = bfcl_env.validation_tasks(args, tasks)
     dtype = compute_dtype(args.dtype, world.device)
 
-    # The acting policy is one whole copy in the compute dtype; the learning one is sharded, its masters fp32.
+    # The acting policy is one whole copy in the compute dtype; the learning one is sharded, its masters fp32. The
+    # same memory holds, in turn, the acting weights and the reference's (kept in host memory), and is given back
+    # before the backward pass.
     policy = load_policy(args.init, dtype=dtype, device=str(world.device))
     style = policy.style(args.style)
     tasks, left_out = split_fitting(
         policy, tasks, lambda task: BfclEnv(task, args.docs, style, args.protocol), args.max_len)
+    reference = ({name: p.detach().cpu().clone() for name, p in policy.model.named_parameters()}
+                 if args.beta else None)
+    origin = out / "reference.json"
+    if world.main and not origin.exists():
+        write_json(origin, {"init": args.init, "weights": checksum(policy.model)})
+    elif world.main and json.loads(origin.read_text())["weights"] != checksum(policy.model):
+        raise BfclError(f"the weights in {args.init} are not those that the run in {out} began with: give a new "
+                        "folder with --out")
     model = load_policy(args.init, dtype=torch.float32, device=str(world.device)).model
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model = shard(model, dtype, world)
-    reference = ({name: p.detach().cpu().clone() for name, p in policy.model.named_parameters()}
-                 if args.beta else None)
-    optimizer, schedule = make_optimizer(model, args.lr, int(args.warmup * args.steps), args.steps, decay=0)
-    logger = MetricsLogger(out, world)
+    optimizer = make_optimizer(model, args.lr)
+    checkpoints = Checkpointer(out, model, optimizer, args.keep, world)
+    done = checkpoints.load()
+    copy_weights(policy.model, model)
+    logger, interrupt = MetricsLogger(out, world, done, args), Interrupt(world)
+    rate, skipped = matmul_rate(dtype, world.device), 0
     if world.main:
         print(f"stage 2: {args.init} | docs {args.docs}, style {style} | all that fit: {len(tasks)} of "
-              f"{len(tasks) + left_out} tasks | {args.steps} "
-              f"steps of {args.prompts} tasks x {args.group} rollouts, tokens {args.reward_tokens} | "
-              f"reward {args.reward} | beta {args.beta}, lr {args.lr} | {dtype} on {world.size} x "
-              f"{world.device.type} | {out}", flush=True)
+              f"{len(tasks) + left_out} tasks | {args.steps} steps of {args.prompts} tasks x {args.group} rollouts, "
+              f"tokens {args.reward_tokens} | reward {args.reward} | beta {args.beta}, lr {args.lr} | clip "
+              f"{args.clip_low}/{args.clip_high}{' (does not act)' * (args.inner_epochs == 1)} | {dtype} on "
+              f"{world.size} x {world.device.type} | {out}" + f" | from step {done + 1}" * (done > 0), flush=True)
 
-    order: list[int] = []
-    bar = tqdm(total=args.steps, desc="stage 2", unit="step", disable=not world.main, dynamic_ncols=True)
-    for step in range(1, args.steps + 1):
+    bar = tqdm(total=args.steps, initial=done, desc="stage 2", unit="step", disable=not world.main,
+               dynamic_ncols=True)
+    for step in range(done + 1, args.steps + 1):
         clock = [time.monotonic()]
 
         # step 1: tasks and tokens, the same on every rank; each rank takes its share of the groups
-        while len(order) < args.prompts:
-            order += random.Random(f"{args.seed} {step}").sample(range(len(tasks)), len(tasks))
-        chosen, order = order[:args.prompts], order[args.prompts:]
+        chosen = shuffled(len(tasks), (step - 1) * args.prompts, args.prompts, args.seed)
         groups = [(i, draw_reward_tokens(args.reward_tokens, args.group, args.p_high,
-                                         random.Random(f"{args.seed} {step} {slot}")))
+                                         random.Random(f"{args.seed} {step} {slot}"), args.token_draw == "exact"))
                   for slot, i in enumerate(chosen)]
         mine = list(enumerate(groups))[world.rank::world.size]
 
@@ -220,87 +293,116 @@ def main(args):
                                progress="rollouts" if world.main else None, **sampling(args))
         clock.append(time.monotonic())
 
-        # step 3: rewards and advantages
-        rewards = torch.tensor([t.reward for t in trajectories]).view(-1, args.group)  # [S, G] of this rank
-        advantages = group_advantages(rewards).flatten().to(world.device)  # [B]
-        packs = pack(trajectories, args.tokens_per_microbatch)
+        # step 3: rewards and advantages; what takes part in the update
+        shape = (len(mine), args.group)  # [S, G] of this rank, whose S may be 0
+        rewards = torch.tensor([t.reward for t in trajectories]).view(shape)
+        tokens = torch.tensor([t.reward_token == "high" for t in trajectories], dtype=torch.long).view(shape)
+        advantages = group_advantages(rewards, tokens if args.baseline == "token" else None,
+                                      args.advantage_scale == "group").flatten()  # [B]
+        flat = (rewards == rewards[:, :1]).all(1).repeat_interleave(args.group)  # [B] of a zero-variance group
+        kept = [b for b, t in enumerate(trajectories) if 1 in t.mask
+                and not (args.zero_variance == "drop" and flat[b])
+                and not (args.truncated == "mask" and t.reason in TRUNCATED)]
+        batch, advantages = [trajectories[b] for b in kept], advantages[kept].to(world.device)
+        packs = pack(batch, args.tokens_per_microbatch)
+        loss_tokens = sum(len(p.target) for p in packs)
+        count = int(world.all_reduce(len(batch) if args.loss_average == "sequence" else loss_tokens))
 
-        # step 4: the reference takes the place of the acting copy for its log-probs
+        # step 4: the reference takes the place of the acting weights for its log-probs
         ref_logps = [None] * len(packs)
         if args.beta:
-            load_weights(policy.model, reference)
+            copy_weights(policy.model, reference)
             with torch.no_grad():
-                ref_logps = [token_logprobs(policy.model, p.to(world.device), policy.banned,
-                                            args.temperature)[0] for p in packs]
+                ref_logps = [token_logprobs(policy.model, p.to(world.device), policy.banned, args.temperature)
+                             for p in packs]
+        release_weights(policy.model)
         clock.append(time.monotonic())
 
         # step 5: loss and update
-        count = args.prompts * args.group
-        sums = {"loss": 0.0, "kl": 0.0, "clip_ratio": 0.0, "entropy": 0.0, "gap": 0.0, "tokens": 0.0}
-        largest_gap, queue = 0.0, iter(ref_logps)
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args.lr, args.warmup * args.steps, args.steps)
+        norm, old_logps = 0.0, [None] * len(packs)
+        for epoch in range(args.inner_epochs if count else 0):
+            sums, largest_gap, at = dict.fromkeys(("loss", "kl", "entropy", "gap", "tokens"), 0.0), 0.0, -1
 
-        def loss_of(p):
-            nonlocal largest_gap
-            logp, entropy = model.token_logprobs(p, policy.banned, args.temperature)  # [M] each
-            if not len(logp):
-                return logp.sum()
-            owners, lengths = torch.unique_consecutive(p.owner, return_counts=True)
+            def loss_of(p):
+                nonlocal largest_gap, at
+                logp, entropy = model.token_logprobs(p, policy.banned, args.temperature, entropy=True)  # [M] each
+                if not len(logp):
+                    return logp.sum()
+                at += 1
+                if epoch == 0:  # before any update: the weights that sampled
+                    old_logps[at] = logp.detach()
+                owners, lengths = torch.unique_consecutive(p.owner, return_counts=True)
 
-            def rows(flat):  # [M] -> [B, T], one row per rollout of this pack
-                return pad_sequence(flat.split(lengths.tolist()), batch_first=True)
-            mask = rows(torch.ones_like(logp)) > 0
-            ref = next(queue)
-            loss, stats = policy_loss(rows(logp), rows(logp.detach()), ref if ref is None else rows(ref),
-                                      advantages[owners], mask, args.clip, args.beta, count)
-            sampled = [x for i in owners.tolist()
-                       for x, m in zip(trajectories[i].logps, trajectories[i].mask) if m]
-            difference = (logp.detach() - torch.tensor(sampled, device=logp.device)).abs()
-            largest_gap = max(largest_gap, difference.max().item())
-            for name, value in (("kl", stats["kl"] * len(logp)), ("tokens", len(logp)),
-                                ("loss", loss.detach()), ("clip_ratio", stats["clip_ratio"] * len(logp)),
-                                ("entropy", entropy.sum()), ("gap", difference.sum())):
-                sums[name] += float(value)
-            return loss
-        norm = update(model, optimizer, packs, loss_of, world, args.max_grad_norm)
-        lr = schedule.get_last_lr()[0]
-        schedule.step()
-        load_weights(policy.model, full_state(model))
+                def rows(flat):  # [M] -> [B, T], one row per rollout of this pack
+                    return None if flat is None else pad_sequence(flat.split(lengths.tolist()), batch_first=True)
+                loss, stats = policy_loss(rows(logp), rows(old_logps[at]), rows(ref_logps[at]), advantages[owners],
+                                          rows(torch.ones_like(logp)) > 0, args.clip_low, args.clip_high,
+                                          args.beta, args.loss_average, count)
+                sampled = [x for i in owners.tolist() for x, m in zip(batch[i].logps, batch[i].mask) if m]
+                difference = (old_logps[at] - torch.tensor(sampled, device=logp.device)).abs()
+                largest_gap = max(largest_gap, difference.max().item())
+                parts = {"loss": loss.detach(), "entropy": entropy.sum(), "gap": difference.sum(),
+                         "tokens": len(logp), **{name: x * len(logp) for name, x in stats.items()}}
+                for name, x in parts.items():
+                    sums[name] = sums.get(name, 0.0) + float(x)
+                return loss
+            norm = update(model, optimizer, packs, loss_of, world, args.max_grad_norm)
+        copy_weights(policy.model, model)
         clock.append(time.monotonic())
 
         # what happened, over all ranks
-        everyone = [None] * world.size
-        dist.all_gather_object(everyone, (trajectories, sums, largest_gap))
-        all_t = [t for ts, _, _ in everyone for t in ts]
-        sums = {name: sum(s[name] for _, s, _ in everyone) for name in sums}
-        tokens = max(1.0, sums["tokens"])
-        metrics = group_metrics(all_t, torch.tensor([t.reward for t in all_t]).view(-1, args.group),
-                                args.p_high)
-        metrics |= {"loss": sums["loss"], "grad_norm": norm, "learning_rate": lr, "kl": sums["kl"] / tokens,
-                    "clip_ratio/region_mean": sums["clip_ratio"] / tokens,
-                    "entropy": sums["entropy"] / tokens,
-                    "sampling/sampling_logp_difference/mean": sums["gap"] / tokens,
-                    "sampling/sampling_logp_difference/max": max(g for _, _, g in everyone),
-                    "num_tokens": tokens, "timing_s/rollout": clock[1] - clock[0],
-                    "timing_s/reference": clock[2] - clock[1], "timing_s/update": clock[3] - clock[2],
-                    "step_time": clock[3] - clock[0], "perf/max_memory_allocated_gb": peak_memory_gb(world)}
+        everyone = world.gather([(slot, trajectories[n * args.group:(n + 1) * args.group])
+                                 for n, (slot, _) in enumerate(mine)])
+        everyone = [t for _, group in sorted(everyone, key=lambda pair: pair[0]) for t in group]
+        metrics = group_metrics(everyone, args.group, args.p_high)
+        if count:
+            sums = {name: world.all_reduce(x) for name, x in sums.items()}
+            n = sums.pop("tokens")
+            metrics |= {"loss": sums.pop("loss"), "sampling/sampling_logp_difference/mean": sums.pop("gap") / n,
+                        "sampling/sampling_logp_difference/max": max(world.gather([largest_gap])),
+                        **{name: x / n for name, x in sums.items()}}
+        seconds = dict(zip(("rollout", "reference", "update"), (b - a for a, b in zip(clock, clock[1:]))))
+        work = world.all_reduce(flops(model, [p.layout for p in packs], loss_tokens)) * args.inner_epochs
+        said = sum(sum(t.mask) for t in everyone)
+        metrics |= {"grad_norm": norm, "learning_rate": lr, "num_tokens": said, "rollouts_in_loss": count,
+                    **{f"timing_s/{name}": x for name, x in seconds.items()}, "step_time": clock[-1] - clock[0],
+                    "perf/throughput": said / (clock[-1] - clock[0]),
+                    "perf/mfu": work / seconds["update"] / rate / world.size,
+                    "perf/max_memory_allocated_gb": peak_memory_gb(world)}
         if world.main:
             with open(out / "rollouts" / f"step_{step:06d}.jsonl", "w") as f:
-                f.writelines(t.to_json() + "\n" for t in all_t)
-            ranked = sorted(all_t, key=lambda t: t.reward)
+                f.writelines(t.to_json() + "\n" for t in everyone)
+            ranked = sorted(everyone, key=lambda t: t.reward)
             for title, t in (("best", ranked[-1]), ("worst", ranked[0])):
                 tqdm.write(f"--- {title} of step {step}\n{show(t, policy.tokenizer)}")
+        best = None
+        if val_tasks and (step % args.eval_every == 0 or step == args.steps):
+            judged = None if args.reward_tokens == "none" else "high"
+            metrics |= evaluate(policy, val_tasks, [judged], args, world)
+            best = [metrics[f"eval/reward_{judged or 'none'}"]]
         logger.log(step, args.steps, metrics,
-                   ["reward", "rc/reward_high", "rc/reward_low", "frac_reward_zero_std", "kl", "entropy",
-                    "loss", "grad_norm", "step_time"])
+                   ["reward", "rc/reward_high", "rc/reward_low", "rc/var_within_tokens", "rc/var_between_tokens",
+                    "frac_reward_zero_std", "kl", "entropy", "grad_norm", "eval/reward_high", "step_time"])
         bar.update()
+        skipped = skipped_in_a_row(skipped, norm, step)
         if step == 1 and world.main:
             tqdm.write(f"about {metrics['step_time'] * args.steps / 60:.1f} minutes for {args.steps} steps")
+        stop = interrupt.everywhere()
+        if stop or best or args.save_every and step % args.save_every == 0:
+            checkpoints.save(step, best)
+            if world.main:
+                plot_curves(out, CURVES)
+        if stop:
+            raise BfclError(f"stopped after step {step}, as asked: the same command goes on from there")
     bar.close()
 
+    step = checkpoints.load(best=True) or args.steps
     seen = sorted({*policy.contract["tasks"], *(task.id for task in tasks)})
-    contract = {**policy.contract, "stage": "rcgrpo", "init": args.init, "tasks": seen}
-    end_run(model, policy, out, contract, world, began, ["reward", "rc/reward_high", "rc/reward_low",
-            "frac_reward_zero_std", "kl", "entropy"], "python eval_bfcl.py --ckpt")
+    contract = {**policy.contract, "stage": "rcgrpo", "init": args.init, "step": step, "tasks": seen,
+                "reward_tokens": args.reward_tokens, "baseline": args.baseline, "seed": args.seed,
+                "steps": args.steps, "rollouts": args.steps * args.prompts * args.group}
+    end_run(model, policy, out, contract, world, began, CURVES, "python eval_bfcl.py --ckpt")
 
 
 if __name__ == "__main__":

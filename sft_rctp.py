@@ -22,6 +22,8 @@ import os
 import random
 import resource
 import shutil
+import signal
+import statistics
 import sys
 import time
 import types
@@ -34,44 +36,59 @@ from bfcl_env import BfclEnv, BfclError, Call, Episode, number
 
 
 
+# Two transcriptions of the paper's hyper-parameters.
+PRESETS = {"appendix": dict(lr=1e-5, batch=16, epochs=5), "notes": dict(lr=5e-5, batch=32, epochs=3)}
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description="Stage 1: reward-conditioned fine-tuning (RCTP-FT).")
     add = parser.add_argument
     add("--model", default="smollm2-135m-instruct", help="a directory, a hub id or %(default)s (the default)")
-    add("--epochs", type=number(int, 1), default=3, help="passes over the data (default: %(default)s)")
+    add("--preset", choices=PRESETS, default="notes",
+        help="lr, batch and epochs of the paper's appendix or of notes on it (default: %(default)s)")
+    add("--epochs", type=number(int, 1), help="passes over the data (default: %(default)s)")
     add("--steps", type=number(int, 1), help="updates, instead of --epochs")
-    add("--batch", type=number(int, 1), default=32, help="trajectories an update (default: %(default)s)")
-    add("--max_len", type=number(int, 16), default=8192,
-        help="tokens of a trajectory; longer ones are left out")
-    bfcl_env.add_training_flags(parser, "runs/sft_rctp", lr=5e-5)
+    add("--arm", choices=["rctp", "mixed", "sft"], default="rctp", help="TODO")
+    add("--batch", type=number(int, 1), help="trajectories an update (default: %(default)s)")
+    bfcl_env.add_training_flags(parser, "runs/sft_rctp")
+    bfcl_env.add_sampling_flags(parser)  # of the evaluations
     bfcl_env.add_world_flags(parser)
+    chosen = parser.parse_known_args()[0]
+    parser.set_defaults(**PRESETS[chosen.preset])
     args = parser.parse_args()
     try:
-        bfcl_env.check_out(args.out)
         bfcl_env.check_model(args.model)
-        bfcl_env.select_tasks(args)
+        bfcl_env.validation_tasks(args, bfcl_env.select_tasks(args))
+        bfcl_env.check_out(args)
     except BfclError as error:
         sys.exit(f"error: {error}")
     return args
 
 
 # Flags are parsed before torch is imported, so that a mistake is told within seconds.
-ARGS = parse_args() if __name__ == "__main__" else None
+if __name__ == "__main__":
+    bfcl_env.settle_environment()
+    ARGS = parse_args()
 
 import matplotlib
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from rollout import (CONTRACT, Policy, Trajectory, answer, attention, default_dtype, load_policy,
-                     masked_logits)
+from rollout import (CONTRACT, Policy, Trajectory, answer, attention, checksum, default_dtype, head_dim,
+                     load_policy, masked_logits, rollout, sampling, score)
 
 
 # --------------------------------------------------------------------------------------------------
 # Packing: [prefix | branch 1 | ... | branch G], every branch sees the prefix and itself. Gradients are exact;
 # the prefix gets its own from all branches.
+
+TOKENS = {"rctp": ["high", "low", None], "mixed": [None], "sft": [None]}  # what an arm's prompts carry
+
 
 @dataclass
 class Packed:
@@ -80,13 +97,12 @@ class Packed:
     spans: list[tuple[int, int]]  # first and last + 1 token of each branch
 
     def attend(self, layer, q, k, v, scale):  # q [1, H, N, D]; k, v [1, K, N, D]
-        P = self.prefix
-        pk, pv = k[:, :, :P], v[:, :, :P]
-        out = [attention(q[:, :, :P], pk, pv, scale)]
-        for i, j in self.spans:
-            keys = torch.cat([pk, k[:, :, i:j]], 2)  # [1, K, P + j - i, D]
-            values = torch.cat([pv, v[:, :, i:j]], 2)
-            out.append(attention(q[:, :, i:j], keys, values, scale, past=P))
+        sizes = [self.prefix, *(j - i for i, j in self.spans)]
+        (first, *q), (pk, *k), (pv, *v) = (x.split(sizes, 2) for x in (q, k, v))  # the prefix and each branch
+        out = [attention(first, pk, pv, scale)]
+        for own_q, own_k, own_v in zip(q, k, v):
+            keys, values = torch.cat([pk, own_k], 2), torch.cat([pv, own_v], 2)  # [1, K, P + own, D]
+            out.append(attention(own_q, keys, values, scale, past=self.prefix))
         return torch.cat(out, 2)
 
 
@@ -161,12 +177,12 @@ def _pack(trajectories, members, prefix) -> Pack:
     return Pack(Packed(prefix, spans), *map(torch.tensor, (ids, positions, source, target, owner)))
 
 
-def token_logprobs(model, pack: Pack, banned, temperature: float = 1.0, chunk: int = 512):
-    """Log-probs and entropies of the policy at every loss position, by one forward over the pack.
+def token_logprobs(model, pack: Pack, banned, temperature: float = 1.0, entropy: bool = False, chunk: int = 512):
+    """Log-probs of the policy at every loss position, by one forward over the pack.
 
     model: causal LM with the `shared_prefix` attention; banned [V], temperature: as in the sampler.
-    Returns logp [M] with gradient, entropy [M] without. The head runs on loss positions only, `chunk` at a
-    time and again in the backward pass: no [N, V] tensor exists."""
+    Returns logp [M] with gradient and, if asked for, the entropies [M] without. The head runs on loss positions
+    only, `chunk` at a time and again in the backward pass: no [N, V] tensor exists."""
     hidden = model.model(input_ids=pack.ids[None], position_ids=pack.positions[None], use_cache=False,
                          layout=pack.layout).last_hidden_state[0]  # [N, hidden]
     head = model.lm_head.weight.float()  # [V, hidden], once for all chunks
@@ -174,12 +190,12 @@ def token_logprobs(model, pack: Pack, banned, temperature: float = 1.0, chunk: i
     def of_chunk(h, target):  # [m, hidden], [m] -> [m], [m]
         logp = masked_logits(h, head, banned, temperature).log_softmax(-1)  # [m, V]
         with torch.no_grad():
-            entropy = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
-        return logp.gather(1, target[:, None])[:, 0], entropy
+            spread = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1) if entropy else torch.zeros(len(h))
+        return logp.gather(1, target[:, None])[:, 0], spread
     pieces = [checkpoint(of_chunk, h, t, use_reentrant=False)
               for h, t in zip(hidden[pack.source].split(chunk), pack.target.split(chunk))]
-    logp, entropy = zip(*pieces)
-    return torch.cat(logp), torch.cat(entropy)
+    logp, spread = (torch.cat(x) for x in zip(*pieces))
+    return (logp, spread) if entropy else logp
 
 
 # --------------------------------------------------------------------------------------------------
@@ -201,30 +217,35 @@ class World:
         dist.all_reduce(t, op)
         return t.item()
 
+    def gather(self, values: list) -> list:
+        """The lists of all ranks, one after the other."""
+        parts = [None] * self.size
+        dist.all_gather_object(parts, values)
+        return [value for part in parts for value in part]
+
 
 def start_world() -> World:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
-    else:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", store=dist.HashStore(),
-                                rank=0, world_size=1)
+    options = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", **options)
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
     if kind == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 keeps every bit of a bf16 factor (the fp32 head)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
 def compute_dtype(flag: str, device) -> torch.dtype:
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}.get(flag) or default_dtype(device.type)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(flag) or default_dtype(device.type)
+    if dtype == torch.bfloat16:  # for the fp32 head: its factors are bf16 numbers, such products lose nothing
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    return dtype
 
 
 def shard(model, dtype: torch.dtype, world: World):
     """FSDP2 over all ranks: fp32 masters, `dtype` compute, fp32 reduction. Adds `model.token_logprobs`."""
     mesh = torch.distributed.init_device_mesh(world.device.type, (world.size,))
-    options = dict(mesh=mesh, reshard_after_forward=world.size > 1,  # one rank has nothing to free in between
-                   mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    options = dict(mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     for part in [*model.model.layers, model]:
         fully_shard(part, **options)
     model.token_logprobs = types.MethodType(token_logprobs, model)
@@ -232,42 +253,106 @@ def shard(model, dtype: torch.dtype, world: World):
     return model.train()
 
 
-def full_state(model) -> dict:
-    """Every parameter, whole, on this rank's device (each rank must call it)."""
-    return {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.named_parameters()}
+@torch.no_grad()
+def copy_weights(target, source) -> None:
+    """Fill the whole model `target`, one parameter at a time, from a sharded model or a dict of tensors."""
+    source = source if isinstance(source, dict) else dict(source.named_parameters())
+    for name, p in target.named_parameters():
+        whole = source[name].full_tensor() if isinstance(source[name], DTensor) else source[name]
+        if p.shape != whole.shape:  # it was released
+            p.data = torch.empty(whole.shape, dtype=p.dtype, device=p.device)
+        p.copy_(whole)
 
 
-def update(model, optimizer, packs: list[Pack], loss_of, world: World, max_grad_norm: float) -> float:
-    """One optimizer step over this rank's packs; returns the gradient's norm.
+def release_weights(model) -> None:
+    """Give the memory of a whole model back until the next `copy_weights`."""
+    for p in model.parameters():
+        p.data = p.data.new_empty(0)
 
-    loss_of(pack) -> scalar whose sum over the packs of all ranks is the loss: the gradient depends neither on
-    how the packs are cut nor on how many ranks there are. Every rank makes the same number of forwards, the
-    missing ones over a pack without loss positions."""
+
+def with_idle(packs: list[Pack], world: World) -> list[Pack]:
+    """The packs, and as many idle ones (no loss position) as another rank has more: sharded forwards are
+    collective, so every rank makes the same number."""
     count = int(world.all_reduce(max(1, len(packs)), dist.ReduceOp.MAX))
     empty = torch.tensor([], dtype=torch.long)
     idle = Pack(Packed(1, []), torch.tensor([0]), torch.tensor([0]), empty, empty, empty)
-    optimizer.zero_grad()
-    for i, p in enumerate(packs + [idle] * (count - len(packs))):
-        model.set_requires_gradient_sync(i == count - 1)  # between micro-batches gradients stay in place
-        (loss_of(p.to(world.device)) * world.size).backward()  # FSDP averages over ranks, this is a sum
+    return [p.to(world.device) for p in packs + [idle] * (count - len(packs))]
+
+
+def update(model, optimizer, packs: list[Pack], loss_of, world: World, max_grad_norm: float) -> float:
+    """One optimizer step over this rank's packs, skipped if the gradient is not finite; returns its norm.
+
+    loss_of(pack) -> scalar whose sum over the packs of all ranks is the loss: the gradient depends neither on
+    how the packs are cut nor on how many ranks there are."""
+    for p in with_idle(packs, world):
+        (loss_of(p) * world.size).backward()  # FSDP averages over ranks, this is a sum
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).full_tensor().item()
-    if not math.isfinite(norm):  # the same number on every rank
-        raise BfclError(f"the gradient's norm is {norm}: the weights of the last step are kept; lower --lr")
-    optimizer.step()
+    if math.isfinite(norm):  # the same number on every rank
+        optimizer.step()
+    optimizer.zero_grad()
     return norm
 
 
-def make_optimizer(model, lr: float, warmup: int, total: int, decay: int):
-    """AdamW without weight decay; the rate rises over `warmup` steps, stays, falls to 0 in the last `decay`.
+def skipped_in_a_row(before: int, norm: float, step: int) -> int:
+    """How many updates in a row were skipped. Errors: BfclError at the third."""
+    skipped = 0 if math.isfinite(norm) else before + 1
+    if skipped == 3:
+        raise BfclError(f"the gradients of steps {step - 2} to {step} were not finite; those updates were skipped: "
+                        "lower --lr, or look at the dump of the step")
+    return skipped
 
-    beta2 0.95: at 0.999 a short run never forgets its large first gradients, and its steps stay small."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup), (total - step) / max(1, decay)))
+
+def make_optimizer(model, lr: float):
+    """AdamW without weight decay. beta2 0.95: at 0.999 a short run never forgets its large first gradients,
+    and its steps stay small."""
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def learning_rate(step: int, peak: float, warmup: float, total: int, decay: int = 0) -> float:
+    """Of step 1, 2, ..., total: it rises over `warmup` steps, stays, and falls towards 0 in the last `decay`."""
+    return peak * min(1.0, step / max(1, int(warmup)), (total - step + 1) / max(1, decay))
+
+
+def shuffled(n: int, start: int, count: int, seed: int) -> list[int]:
+    """Items start to start + count - 1 of the endless sequence of shuffled passes over range(n): a run that
+    resumes finds its place without having stored it.
+
+    >>> shuffled(3, 0, 4, seed=0) + shuffled(3, 4, 2, seed=0) == shuffled(3, 0, 6, seed=0)
+    True
+    >>> sorted(shuffled(3, 3, 3, seed=0))
+    [0, 1, 2]
+    """
+    passes = {e: random.Random(f"{seed} {e}").sample(range(n), n)
+              for e in range(start // n, (start + count - 1) // n + 1)}
+    return [passes[i // n][i % n] for i in range(start, start + count)]
 
 
 # --------------------------------------------------------------------------------------------------
-# The run's folder.
+# What a run takes.
+
+def flops(model, layouts: list[Packed], loss_tokens: int) -> float:
+    """Floating-point operations of forward and backward: 6 a layer parameter and token, the head on loss
+    positions, causal attention once; nothing for what is computed again."""
+    config, pairs, tokens = model.config, 0.0, 0
+    for layout in layouts:
+        P, branches = layout.prefix, [j - i for i, j in layout.spans]
+        tokens += P + sum(branches)
+        pairs += P * P / 2 + sum(b * P + b * b / 2 for b in branches)
+    return (6 * sum(p.numel() for p in model.model.layers.parameters()) * tokens
+            + 6 * config.vocab_size * config.hidden_size * loss_tokens
+            + 12 * config.num_hidden_layers * config.num_attention_heads * head_dim(config) * pairs)
+
+
+def matmul_rate(dtype: torch.dtype, device) -> float:
+    """Operations a second of large matrix products on this machine: what MFU is a share of."""
+    n, seconds = 4096 if device.type == "cpu" else 8192, []
+    a = torch.randn(n, n, device=device).to(dtype)
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / statistics.median(seconds)
+
 
 def peak_memory_gb(world: World) -> float:
     """GiB: peak of the device on CUDA, of the process on a CPU."""
@@ -276,10 +361,13 @@ def peak_memory_gb(world: World) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+# --------------------------------------------------------------------------------------------------
+# The run's folder.
+
 def start_run(args, world: World) -> Path:
     """Create the folder and write config.json: arguments, versions, data hash."""
     out = Path(args.out)
-    if world.main:
+    if world.main and not (out / "config.json").exists():
         out.mkdir(parents=True, exist_ok=True)
         config = {"command": Path(sys.argv[0]).name, "args": vars(args),
                   "data_sha256": bfcl_env.data_sha256(), "world_size": world.size,
@@ -297,11 +385,106 @@ def write_json(path: Path, value) -> None:
     partial.replace(path)
 
 
-class MetricsLogger:
-    """One line a step in metrics.jsonl, the same numbers on one line of the console."""
+class Checkpointer:
+    """checkpoints/step_000010/: masters, moments of AdamW and, as the mark that all is there, done.json.
 
-    def __init__(self, out: Path, world: World):
-        self.world, self.file = world, open(out / "metrics.jsonl", "a") if world.main else None
+    The distributed format, so that any number of ranks can read it. Written beside and renamed. It holds no
+    random state, since every draw of a run is a function of (seed, step, ...). Kept: the newest `keep` and the
+    one with the best score."""
+
+    def __init__(self, out: Path, model, optimizer, keep: int, world: World):
+        self.folder, self.model, self.optimizer = out / "checkpoints", model, optimizer
+        self.keep, self.world = keep, world
+
+    def _state(self) -> dict:
+        state = {}
+        for name, p in self.model.named_parameters():
+            moments = self.optimizer.state[p]
+            if not moments:  # before the first step
+                moments |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                            "exp_avg_sq": torch.zeros_like(p)}
+            state |= {name: p.detach()} | {f"{name}:{key}": value for key, value in moments.items()}
+        return state
+
+    def finished(self) -> list[dict]:
+        """What the done.json of each whole checkpoint says, oldest first."""
+        return [json.loads(path.read_text())
+                for path in sorted(self.folder.glob("step_" + "[0-9]" * 6 + "/done.json"))]
+
+    def save(self, step: int, score: list | None = None) -> None:
+        final = self.folder / f"step_{step:06d}"
+        partial = final.with_suffix(".partial")
+        try:
+            dcp.save(self._state(), checkpoint_id=partial)
+            if self.world.main:
+                write_json(partial / "done.json", {"step": step, "score": score})
+                shutil.rmtree(final, ignore_errors=True)
+                partial.rename(final)
+        except (OSError, dcp.api.CheckpointException) as error:
+            if self.world.main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise BfclError(f"the checkpoint of step {step} cannot be written to {self.folder}: "
+                            f"{str(error).strip().splitlines()[-1]}; older ones are untouched, make room and "
+                            "type the same command again") from error
+        dist.barrier()
+        done = self.finished()
+        kept = {c["step"] for c in done[-self.keep:]} | {c["step"] for c in self.best(done)}
+        for old in (c["step"] for c in done if c["step"] not in kept and self.world.main):
+            (self.folder / f"step_{old:06d}/done.json").unlink()  # first the mark, then the rest
+            shutil.rmtree(self.folder / f"step_{old:06d}")
+
+    def best(self, done: list[dict]) -> list[dict]:
+        """The one with the best score, the later of equals; empty without scores."""
+        return sorted((c for c in done if c["score"]), key=lambda c: (c["score"], c["step"]))[-1:]
+
+    def load(self, best: bool = False) -> int:
+        """Fill model and optimizer from the newest or the best; returns its step, 0 if there is none."""
+        done = self.finished()
+        done = self.best(done) if best else done[-1:]
+        if done:
+            dcp.load(self._state(), checkpoint_id=self.folder / f"step_{done[0]['step']:06d}")
+        return done[0]["step"] if done else 0
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM ask for a checkpoint and a stop after the running step."""
+
+    def __init__(self, world: World):
+        self.world, self.asked = world, False
+        for one in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(one, self)
+
+    def __call__(self, *_):
+        if self.world.main and not self.asked:
+            print("\nstopping after this step, with a checkpoint", file=sys.stderr, flush=True)
+        self.asked = True
+
+    def everywhere(self) -> bool:
+        """Whether any rank was asked."""
+        return self.world.all_reduce(self.asked, dist.ReduceOp.MAX) > 0
+
+
+class MetricsLogger:
+    """One line a step in metrics.jsonl, the same numbers on one line of the console, and on request in Weights
+    & Biases or TensorBoard. A resumed run drops the lines of steps that will be made again."""
+
+    def __init__(self, out: Path, world: World, done: int, args):
+        self.world, self.track, path = world, None, out / "metrics.jsonl"
+        if not world.main:
+            return
+        lines = path.read_text().splitlines()[:done] if path.exists() else []
+        path.with_suffix(".partial").write_text("".join(line + "\n" for line in lines))
+        path.with_suffix(".partial").replace(path)
+        self.file = open(path, "a")
+        if args.tracker == "wandb":
+            import wandb
+            wandb.init(project="rc-grpo", name=out.name, id=out.name, resume="allow", dir=out, config=vars(args))
+            self.track = lambda step, metrics: wandb.log(metrics, step=step)
+        elif args.tracker == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(out, purge_step=done + 1)
+            self.track = lambda step, metrics: [writer.add_scalar(name, value, step)
+                                                for name, value in metrics.items() if name != "eval/weights"]
 
     def log(self, step: int, total: int, metrics: dict, shown: list[str]) -> None:
         if self.world.main:
@@ -310,6 +493,8 @@ class MetricsLogger:
             values = " | ".join(f"{name.split('/')[-1]} {metrics[name]:.4g}"
                                 for name in shown if name in metrics)
             tqdm.write(f"step {step}/{total} | {values}")
+            if self.track:
+                self.track(step, metrics)
 
 
 def plot_curves(out: Path, names: list[str]) -> None:
@@ -329,23 +514,40 @@ def plot_curves(out: Path, names: list[str]) -> None:
     plt.close(figure)
 
 
+def evaluate(policy: Policy, tasks, tokens: list[str | None], args, world: World) -> dict:
+    """Success of sampled rollouts on `tasks` by reward token; the ranks share them. `policy` is whole."""
+    jobs = [(i, token) for token in tokens for i in range(len(tasks))][world.rank::world.size]
+    envs = [BfclEnv(tasks[i], args.docs, policy.style(args.style), args.protocol) for i, _ in jobs]
+    sampled = rollout(policy, envs, [token for _, token in jobs], [(args.seed, 0, i, 0) for i, _ in jobs],
+                      progress="validation" if world.main else None, **sampling(args))
+    figures = score(world.gather(sampled))
+    rewards = {f"eval/reward_{name}": figures[name]["reward"] for name in ("high", "low", "none")
+               if name in figures}
+    if {"high", "low"} <= set(figures):
+        rewards["eval/mode_gap"] = figures["high"]["reward"] - figures["low"]["reward"]
+    return {**rewards, "eval/n": len(tasks), "eval/weights": checksum(policy.model)}
+
+
 def end_run(model, policy: Policy, out: Path, contract: dict, world: World, began: float, curves: list[str],
             hint: str) -> None:
     """Write out/model, a plain Hugging Face directory (fp32) with the reward tokens in its tokenizer and the
     contract for the next stage; the curves; what the run took. `began`: its start on the monotonic clock."""
-    state = full_state(model)
+    state = {}
+    for name, p in model.named_parameters():
+        whole = p.full_tensor().detach()
+        if world.main:
+            state[name] = whole.cpu()
     if world.main:
         partial, final = out / "model.partial", out / "model"
         shutil.rmtree(partial, ignore_errors=True)
-        state = {name: tensor.detach().cpu() for name, tensor in state.items()}
         policy.model.save_pretrained(partial, state_dict=state)
         policy.tokenizer.save_pretrained(partial)
         write_json(partial / CONTRACT, contract)
-        partial.rename(final)
         plot_curves(out, curves)
         seconds = time.monotonic() - began
         write_json(out / "summary.json", {"seconds": seconds, "peak_memory_gb": peak_memory_gb(world)})
-        print(f"wrote {final} after {seconds / 60:.1f} minutes; next: {hint} {final}")
+        partial.rename(final)  # last: a folder with model/ is a finished run
+        print(f"wrote {final} (step {contract['step']}) after {seconds / 60:.1f} minutes; next: {hint} {final}")
     dist.destroy_process_group()
 
 
@@ -494,82 +696,107 @@ def stage1_data(policy: Policy, tasks, args) -> tuple[list[list[Trajectory]], in
 
 # --------------------------------------------------------------------------------------------------
 
+@torch.no_grad()
+def mean_loss(model, packs: list[Pack], banned, world: World) -> float:
+    """Cross-entropy a loss token; each rank takes its share of the packs."""
+    mine = with_idle(packs[world.rank::world.size], world)
+    total = sum(-model.token_logprobs(p, banned).sum().item() for p in mine)
+    return world.all_reduce(total) / sum(len(p.target) for p in packs)
+
+
 def main(args):
     began = time.monotonic()
     world = start_world()
     out = start_run(args, world)
-    torch.manual_seed(args.seed)
     tasks = bfcl_env.select_tasks(args)
+    val_tasks = bfcl_env.validation_tasks(args, tasks)
+    torch.manual_seed(args.seed)  # of the tiny model's weights, nothing else draws from it
     policy = load_policy(args.model, dtype=torch.float32, device=str(world.device))
-    banned, style = policy.banned, policy.style(args.style)
+    banned, style, dtype = policy.banned, policy.style(args.style), compute_dtype(args.dtype, world.device)
 
     # steps 1 and 2: data
-    data = [stage1_data(policy, tasks, args) if world.main else None]
-    dist.broadcast_object_list(data)  # made once: a few results depend on the hash seed of the process
-    pairs, left_out = data[0]
+    pairs, left_out = stage1_data(policy, tasks, args)
     if not pairs:
         raise BfclError(f"none of the {len(tasks)} tasks fits --max_len {args.max_len} and "
                         f"--tokens_per_microbatch {args.tokens_per_microbatch}: raise them or take smaller "
                         "--docs")
-    per_epoch = math.ceil(2 * len(pairs) / args.batch)
-    steps = args.steps or args.epochs * per_epoch
+    val_packs = pack([t for pair in stage1_data(policy, val_tasks, args)[0] for t in pair],
+                     args.tokens_per_microbatch)
+    data = [t for pair in pairs for t in pair]
+    steps = args.steps or args.epochs * math.ceil(2 * len(pairs) / args.batch)
     if world.main:
-        tokens = sum(len(t.ids) for p in pairs for t in p)
-        loss_tokens = sum(sum(t.mask) for p in pairs for t in p)
         print(f"stage 1: {args.model} | docs {args.docs}, style {style} | all that fit: {len(pairs)} of "
-              f"{len(tasks)} tasks | {2 * len(pairs)} trajectories, {tokens} tokens, {loss_tokens} with loss "
-              f"| {steps} steps of {args.batch} trajectories | {compute_dtype(args.dtype, world.device)} on "
-              f"{world.size} x {world.device.type} | {out}", flush=True)
+              f"{len(tasks)} tasks | {len(data)} trajectories, {sum(len(t.ids) for t in data)} tokens, "
+              f"{sum(sum(t.mask) for t in data)} with loss | {steps} steps of {args.batch} trajectories | {dtype} "
+              f"on {world.size} x {world.device.type} | {out}", flush=True)
 
     if args.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable()
-    model = shard(policy.model, compute_dtype(args.dtype, world.device), world)
-    optimizer, schedule = make_optimizer(model, args.lr, int(args.warmup * steps), steps, decay=steps // 5)
-    logger = MetricsLogger(out, world)
-    order: list[Trajectory] = []
-    bar = tqdm(total=steps, desc="stage 1", unit="step", disable=not world.main, dynamic_ncols=True)
-    for step in range(1, steps + 1):
+    model = shard(policy.model, dtype, world)
+    acting = load_policy(args.model, dtype=dtype, device=str(world.device)) if val_tasks else None
+    if acting:  # a whole copy for rollouts, without memory between them
+        release_weights(acting.model)
+    optimizer = make_optimizer(model, args.lr)
+    checkpoints = Checkpointer(out, model, optimizer, args.keep, world)
+    done = checkpoints.load()
+    logger, interrupt = MetricsLogger(out, world, done, args), Interrupt(world)
+    rate, skipped = matmul_rate(dtype, world.device), 0
+    bar = tqdm(total=steps, initial=done, desc="stage 1", unit="step", disable=not world.main, dynamic_ncols=True)
+    for step in range(done + 1, steps + 1):
         start = time.monotonic()
-        # epochs follow each other; the two of a pair stay together and share a prefix
-        while len(order) < args.batch:
-            epoch = random.Random(f"{args.seed} {step}").sample(pairs, len(pairs))
-            order += [t for pair in epoch for t in pair]
-        batch, order = order[:args.batch], order[args.batch:]
-
-        # step 3: pack; every rank takes its share of the same list
+        # step 3: epochs follow each other, pairs stay together and share a prefix; every rank takes its share
+        per_pair, position = len(pairs[0]), (step - 1) * args.batch
+        end = position + args.batch
+        order = shuffled(len(pairs), position // per_pair, (end - 1) // per_pair - position // per_pair + 1,
+                         args.seed)
+        batch = [t for i in order for t in pairs[i]][position % per_pair:][:args.batch]
         packs = pack(batch, args.tokens_per_microbatch)
-        mine = packs[world.rank::world.size]
         count = sum(len(p.target) for p in packs)  # one normaliser for the update, known before any forward
         total = 0.0
 
         # step 4: L = -1/count * sum of log pi(a_t | h_t, r)
         def loss_of(p):
             nonlocal total
-            logp, _ = model.token_logprobs(p, banned)
+            logp = model.token_logprobs(p, banned)
             loss = -logp.sum() / count
             total += loss.item()
             return loss
-        norm = update(model, optimizer, mine, loss_of, world, args.max_grad_norm)
-        lr = schedule.get_last_lr()[0]
-        schedule.step()
-        total = world.all_reduce(total)
-        seconds = time.monotonic() - start
-        tokens = sum(len(p.ids) for p in packs)
-        logger.log(step, steps, {"loss": total, "grad_norm": norm, "learning_rate": lr, "num_tokens": tokens,
-                                 "step_time": seconds, "perf/throughput": tokens / seconds,
-                                 "perf/max_memory_allocated_gb": peak_memory_gb(world)},
-                   ["loss", "grad_norm", "learning_rate", "perf/throughput", "step_time"])
-        bar.update()
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args.lr, args.warmup * steps, steps, steps // 5)
+        norm = update(model, optimizer, packs[world.rank::world.size], loss_of, world, args.max_grad_norm)
+        skipped = skipped_in_a_row(skipped, norm, step)
+        seconds, tokens = time.monotonic() - start, sum(len(p.ids) for p in packs)
+        metrics = {"loss": world.all_reduce(total), "grad_norm": norm, "learning_rate": lr, "num_tokens": tokens,
+                   "step_time": seconds, "perf/throughput": tokens / seconds,
+                   "perf/mfu": flops(model, [p.layout for p in packs], count) / seconds / rate / world.size,
+                   "perf/max_memory_allocated_gb": peak_memory_gb(world)}
         if step == 1 and world.main:
             tqdm.write(f"about {seconds * steps / 60:.1f} minutes for {steps} steps")
+
+        # the proof that the token works: validation loss, and what rollouts under each token achieve
+        best = None
+        if val_tasks and (step % args.eval_every == 0 or step == steps):
+            copy_weights(acting.model, model)
+            metrics |= {"eval/loss": mean_loss(model, val_packs, banned, world)}
+            metrics |= evaluate(acting, val_tasks, TOKENS[args.arm], args, world)
+            release_weights(acting.model)
+            best = [metrics[f"eval/reward_{TOKENS[args.arm][0] or 'none'}"], -metrics["eval/loss"]]
+        logger.log(step, steps, metrics, ["loss", "grad_norm", "perf/throughput", "perf/mfu", "step_time",
+                                          "eval/loss", "eval/reward_high", "eval/reward_low", "eval/reward_none"])
+        bar.update()
+        stop = interrupt.everywhere()
+        if stop or best or args.save_every and step % args.save_every == 0:
+            checkpoints.save(step, best)
+        if stop:
+            raise BfclError(f"stopped after step {step}, as asked: the same command goes on from there")
     bar.close()
 
-    # step 5: the model
-    contract = {"stage": "rctp", "base_model": policy.contract.get("base_model", args.model),
+    # step 5: the model, the best by validation where there was one
+    step = checkpoints.load(best=True) or steps
+    contract = {"stage": "rctp", "step": step, "base_model": policy.contract.get("base_model", args.model),
                 "docs": args.docs, "style": style, "protocol": args.protocol, "reward_ids": policy.reward_ids,
-                "tasks": [good.task for good, _ in pairs], "data_sha256": bfcl_env.data_sha256()}
-    end_run(model, policy, out, contract, world, began, ["loss", "grad_norm", "learning_rate"],
-            "torchrun rl_rcgrpo.py --init")
+                "tasks": sorted({t.task for t in data}), "data_sha256": bfcl_env.data_sha256()}
+    end_run(model, policy, out, contract, world, began, ["loss", "grad_norm", "eval/loss", "eval/reward_high",
+            "eval/reward_low", "eval/reward_none"], "torchrun rl_rcgrpo.py --init")
 
 
 if __name__ == "__main__":
