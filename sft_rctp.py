@@ -16,10 +16,14 @@ The first half of this file (`Packed` to `end_run`) is the training engine of bo
 Axes: N tokens of one pack, M loss positions, H query heads, K key/value heads, D head width, V vocabulary.
 """
 import argparse
+import dataclasses
+import functools
+import itertools
 import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -27,17 +31,20 @@ import statistics
 import sys
 import time
 import types
+from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import bfcl_env
-from bfcl_env import BfclEnv, BfclError, Call, Episode, number
+from bfcl_env import BfclEnv, BfclError, Call, Episode, judge, number
 
 
 
 # Two transcriptions of the paper's hyper-parameters.
 PRESETS = {"appendix": dict(lr=1e-5, batch=16, epochs=5), "notes": dict(lr=5e-5, batch=32, epochs=3)}
+
+TOKENS = {"rctp": ["high", "low", None], "mixed": [None], "sft": [None]}  # what an arm's prompts carry
 
 
 def parse_args():
@@ -48,8 +55,13 @@ def parse_args():
         help="lr, batch and epochs of the paper's appendix or of notes on it (default: %(default)s)")
     add("--epochs", type=number(int, 1), help="passes over the data (default: %(default)s)")
     add("--steps", type=number(int, 1), help="updates, instead of --epochs")
-    add("--arm", choices=["rctp", "mixed", "sft"], default="rctp", help="TODO")
     add("--batch", type=number(int, 1), help="trajectories an update (default: %(default)s)")
+    add("--arm", default="rctp", choices=TOKENS, help="successes and failures with reward tokens, the same "
+        "without, or successes alone without (default: %(default)s)")
+    add("--no_token", type=number(float, 0, 1), default=0.1,
+        help="share of the trajectories without a token in the rctp arm (default: %(default)s)")
+    add("--rollouts", nargs="*", default=[], metavar="FILE",
+        help="learn from a model's rollouts (runs/NAME/rollouts/*.jsonl), not from gold and corrupted calls")
     bfcl_env.add_training_flags(parser, "runs/sft_rctp")
     bfcl_env.add_sampling_flags(parser)  # of the evaluations
     bfcl_env.add_world_flags(parser)
@@ -59,6 +71,9 @@ def parse_args():
     try:
         bfcl_env.check_model(args.model)
         bfcl_env.validation_tasks(args, bfcl_env.select_tasks(args))
+        for file in args.rollouts:
+            if not Path(file).is_file():
+                raise BfclError(f"no file {file}: give --rollouts files such as runs/NAME/rollouts/*.jsonl")
         bfcl_env.check_out(args)
     except BfclError as error:
         sys.exit(f"error: {error}")
@@ -80,15 +95,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from rollout import (CONTRACT, Policy, Trajectory, answer, attention, checksum, default_dtype, head_dim,
-                     load_policy, masked_logits, rollout, sampling, score)
+                     load_policy, masked_logits, piece, rollout, sampling, score)
 
 
 # --------------------------------------------------------------------------------------------------
 # Packing: [prefix | branch 1 | ... | branch G], every branch sees the prefix and itself. Gradients are exact;
 # the prefix gets its own from all branches.
-
-TOKENS = {"rctp": ["high", "low", None], "mixed": [None], "sft": [None]}  # what an arm's prompts carry
-
 
 @dataclass
 class Packed:
@@ -601,47 +613,97 @@ def messages_for(task, turns: list[list[Call]], style: str, protocol: str = "off
     return said + ([write_calls([Call("done")], style)] if protocol == "paper" else [])
 
 
-def corrupt(task, turns: list[list[Call]], rng: random.Random) -> list[list[Call]]:
-    """Mistakes that a model really makes, in every other turn on average: who fails, seldom fails only once.
-
-    Nothing here says that the result fails: judge it."""
-    busy = [t for t, calls in enumerate(turns) if calls]
-    chosen = {t for t in busy if rng.random() < 0.5} or {rng.choice(busy)}
-    return [_mistake(task, calls, turns, rng) if t in chosen else calls for t, calls in enumerate(turns)]
+def reward_of(task, turns: list[list[Call]], kind: str) -> float:
+    """The reward of these calls, without writing or rendering them."""
+    return judge(task, [[[*map(str, calls)]] if calls else [] for calls in turns]).reward(kind)
 
 
-def _mistake(task, calls: list[Call], turns, rng) -> list[Call]:
-    """A turn's calls with a wrong argument or function, a call left out, an early stop, or a wrong order."""
+def _known_docs(task) -> dict[str, dict]:
+    """Function name -> its parameters; without those that a turn withholds."""
+    withheld = sum(task.missed.values(), [])
+    return {doc["name"]: doc["parameters"] for doc in task.docs if doc["name"] not in withheld}
+
+
+def with_reads(task, turns: list[list[Call]], reward: str, rng: random.Random) -> list[list[Call]]:
+    """The calls with up to two looks around that do no harm: else one call too many would mean a failure. Not
+    by functions that are called anyway, since a result that is needed may come from any call."""
+    named = {call.name for calls in turns for call in calls}
+    reads = [name for name, parameters in _known_docs(task).items()
+             if not parameters["required"] and name not in named]
+    for _ in range(rng.randrange(3)):
+        t = rng.choice([t for t, calls in enumerate(turns) if calls])
+        i = rng.randrange(len(turns[t]))  # never last: the closing message states what was asked for
+        more = [*turns[:t], [*turns[t][:i], Call(rng.choice(reads)), *turns[t][i:]], *turns[t + 1:]]
+        turns = more if reward_of(task, more, reward) == 1 else turns
+    return turns
+
+
+# Some mistakes shorten a conversation and some lengthen it, by about as many calls: length tells nothing.
+MISTAKES = ("argument", "function", "invented", "missing", "stop", "order", "repeat", "guess")
+
+
+def corrupt(task, turns: list[list[Call]], kind: str, rng: random.Random) -> list[list[Call]]:
+    """One kind of mistake that models really make, in every other turn on average, as far as it can be made
+    there: who fails, seldom fails only once. Nothing here says that the result fails: judge it."""
+    wrong = [_mistake(task, turns, t, kind, rng) for t in range(len(turns))]
+    able = [t for t, calls in enumerate(turns) if wrong[t] != calls]
+    chosen = {t for t in able if rng.random() < len(turns) / len(able) / 2} or {*able[:1]}
+    return [wrong[t] if t in chosen else calls for t, calls in enumerate(turns)]
+
+
+def _mistake(task, turns, t: int, kind: str, rng) -> list[Call]:
+    """The calls of turn t with a mistake; as they are where this kind cannot be made."""
+    calls, so_far = turns[t], [call for turn in turns[:t + 1] for call in turn]
+    if kind == "guess" and not calls:  # it should ask, but makes the next turn's calls with what it has
+        told = "".join(text or "" for text in task.turns[:t + 1])
+        return [_other_function(task, c, rng) if c.name in task.missed.get(t + 1, []) else
+                Call(c.name, (), {k: v if str(v) in told else _other_value(v, so_far, rng)
+                                  for k, v in c.kwargs.items()})
+                for turn in turns[t + 1:t + 2] for c in turn]
+    if kind == "guess" or not calls:
+        return calls
     i = rng.randrange(len(calls))
-    call = calls[i]
-    kind = rng.choice(["argument", "missing", "stop", "order", "function"])
-    if kind == "missing":
-        return calls[:i] + calls[i + 1:]
-    if kind == "stop":
-        return calls[:i]
-    if kind == "order" and len(calls) > 1:
-        return calls[:i] + calls[i + 1:] + [call] if i + 1 < len(calls) else [call] + calls[:i]
-    if kind == "argument" and call.kwargs:
-        key = rng.choice(list(call.kwargs))
-        call = Call(call.name, (), {**call.kwargs, key: _wrong(call.kwargs[key], turns, rng)})
-    else:
-        call = Call(rng.choice([d["name"] for d in task.docs if d["name"] != call.name]), (), call.kwargs)
-    return calls[:i] + [call] + calls[i + 1:]
+    call, rest = calls[i], calls[i + 1:]
+    match kind:
+        case "argument" if call.kwargs:
+            key = rng.choice(list(call.kwargs))
+            call = Call(call.name, (), {**call.kwargs, key: _other_value(call.kwargs[key], so_far, rng)})
+        case "function":
+            call = _other_function(task, call, rng)
+        case "invented":
+            words = re.sub("(?<=[a-z])(?=[A-Z])", "_", call.name).lower().split("_")
+            verb = rng.choice(["get", "set", "find", "make", "check", "update"])
+            name = "_".join([verb, *(words[1:] or words)])
+            call = call if name in task.functions else Call(name, (), call.kwargs)
+        case "missing" if rest:
+            return calls[:i] + rest
+        case "stop":  # after the first calls; a turn without any would give failures away
+            return calls[:-1] or calls
+        case "order":
+            return calls[:i] + rest[:1] + [call] + rest[1:]
+        case "repeat":
+            return calls + [rng.choice(so_far)]
+    return calls[:i] + [call] + rest
 
 
-def _wrong(value, turns, rng):
-    """Another value of the same type, from elsewhere in the conversation where there is one."""
-    others = [v for turn in turns for c in turn for v in c.kwargs.values()
-              if type(v) is type(value) and v != value]
+def _other_function(task, call: Call, rng) -> Call:
+    """Another function that takes as many arguments, with the values of the call."""
+    fits = [Call(name, (), dict(zip(parameters["properties"], call.kwargs.values())))
+            for name, parameters in _known_docs(task).items() if name != call.name
+            and len(parameters["required"]) <= len(call.kwargs) <= len(parameters["properties"])]
+    return rng.choice(fits or [call])
+
+
+def _other_value(value, so_far: list[Call], rng):
+    """Another value of the same type, from earlier in the conversation where there is one."""
+    others = [v for call in so_far for v in call.kwargs.values() if type(v) is type(value) and v != value]
     if others:
         return rng.choice(others)
     if isinstance(value, bool):
         return not value
     if isinstance(value, (int, float)):
         return value + rng.choice([1, 10, 100])
-    if isinstance(value, str):
-        return value + "_new"
-    return value[:-1] if isinstance(value, list) and value else [value]
+    return value + "_new" if isinstance(value, str) else [value]
 
 
 def record(policy: Policy, env, said: list[str], reward_token: str | None,
@@ -665,33 +727,108 @@ def record(policy: Policy, env, said: list[str], reward_token: str | None,
                       step.reason or "done", vars(verdict), n + 1, calls)
 
 
-def stage1_data(policy: Policy, tasks, args) -> tuple[list[list[Trajectory]], int]:
-    """[gold with the high token, failure with the low token] per task; and how many did not fit `--max_len`.
+def written_pair(policy: Policy, task, args, used: Counter, token_of) -> list[Trajectory]:
+    """[success, failure], the same up to the first mistake, judged from their text. Of the kinds of mistake
+    the least `used` is tried first."""
+    rng, style = random.Random(f"{args.seed} {task.id}"), policy.style(args.style)
 
-    Judged from their text; a gold that does not pass, or that no corruption makes fail, is an error."""
-    style, limit = policy.style(args.style), min(args.max_len, policy.max_len, args.tokens_per_microbatch)
-    pairs, left_out = [], 0
-    for task in tqdm(tasks, desc="data", unit="task", disable=None, dynamic_ncols=True):
-        def play(turns, token):
-            env = BfclEnv(task, args.docs, style, args.protocol)
-            return record(policy, env, messages_for(task, turns, style, args.protocol), token,
-                          args.reward)
-        gold = gold_calls(task)
-        good = play(gold, "high")
-        if good.reward != 1:
-            raise BfclError(f"the ground truth of {task.id} does not pass: {good.verdict}")
-        rng = random.Random(f"{args.seed} {task.id}")
-        for _ in range(50):
-            bad = play(corrupt(task, gold, rng), "low")
-            if bad.reward < 1:
-                break
-        else:
-            raise BfclError(f"found no failing variant of {task.id}")
-        if max(len(good.ids), len(bad.ids)) <= limit:
-            pairs.append([good, bad])
-        else:
+    def play(turns, label):
+        env = BfclEnv(task, args.docs, style, args.protocol)
+        said = messages_for(task, turns, style, args.protocol)
+        return record(policy, env, said, token_of(label), args.reward)
+    gold = with_reads(task, gold_calls(task), args.reward, rng)
+    good = play(gold, "high")
+    if good.reward != 1:
+        raise BfclError(f"the ground truth of {task.id} does not pass: {good.verdict}")
+    for kind in sorted(MISTAKES, key=lambda kind: used[kind]):
+        for _ in range(8):
+            turns = corrupt(task, gold, kind, rng)
+            if reward_of(task, turns, args.reward) < 1 and (bad := play(turns, "low")).reward < 1:
+                used[kind] += 1
+                bad.verdict["mistake"] = kind
+                return [good, bad]
+    raise BfclError(f"found no failing variant of {task.id}")
+
+
+def sampled_pairs(policy: Policy, tasks, args, limit: int, token_of) -> tuple[list, int, str]:
+    """[success, failure] pairs of a model's own rollouts, by their verdicts: of one task while it has both,
+    the rest drawn. Only the prompt is rendered anew, since it holds the token."""
+    by_id, style = {task.id: task for task in tasks}, policy.style(args.style)
+    slots, seen, read, left_out = {}, Counter(), Counter(), 0
+
+    @functools.cache
+    def opening(task, token):
+        return policy.chat.opening(BfclEnv(by_id[task], args.docs, style, args.protocol).messages(), token)
+    for file, (number, line) in ((file, row) for file in args.rollouts for row in enumerate(open(file), 1)):
+        try:
+            t = Trajectory.from_json(line)
+            if t.task not in by_id or 1 not in t.mask:
+                continue
+            old, verdict = opening(t.task, t.reward_token), bfcl_env.Verdict(**t.verdict)
+            if t.ids[:len(old)] != old or 1 in t.mask[:len(old)] or len(t.mask) != len(t.ids):
+                raise ValueError("another prompt")
+        except (KeyError, TypeError, ValueError):
+            raise BfclError(f"{file}, line {number}: not a rollout with this run's prompt; give a run's "
+                            "rollouts/*.jsonl and its --model, --docs, --style and --protocol") from None
+        reward = verdict.reward(args.reward)
+        token = token_of("high" if reward == 1 else "low")
+        new, said = opening(t.task, token), len(old)
+        t = dataclasses.replace(t, reward_token=token, reward=reward, ids=new + t.ids[said:],
+                                mask=[0] * len(new) + t.mask[said:], logps=[0.0] * (len(new + t.ids) - said))
+        if len(t.ids) > limit:
             left_out += 1
-    return pairs, left_out
+            continue
+        read[file] += 1
+        seen[t.task, reward == 1] += 1
+        slots.setdefault((t.task, seen[t.task, reward == 1]), [None, None])[reward < 1] = t
+    draw, pairs = random.Random(args.seed), [slot for slot in slots.values() if None not in slot]
+    rest = [[slot[i] for slot in slots.values() if None in slot and slot[i]] for i in (0, 1)]
+    pairs += map(list, zip(*(draw.sample(side, len(side)) for side in rest)))
+    if not pairs:
+        raise BfclError(f"--rollouts has {len(rest[0])} successes and {len(rest[1])} failures in the chosen "
+                        f"tasks, {left_out} too long: it needs both; give more files, or other tasks")
+    return pairs, left_out, ", ".join(f"{file} ({read[file]} trajectories)" for file in args.rollouts)
+
+
+def stage1_data(policy: Policy, tasks, args) -> tuple[list[list[Trajectory]], int, str]:
+    """[success, failure] pairs with the tokens of --arm, written or sampled; how many (pairs or rollouts) did
+    not fit in `--max_len`; what data it is. The sft arm has only the successes of the same pairs."""
+    limit = min(args.max_len, policy.max_len, args.tokens_per_microbatch)
+    draw, used = random.Random(f"{args.seed} tokens"), Counter()
+
+    def token_of(label):
+        return label if args.arm == "rctp" and draw.random() >= args.no_token else None
+    if args.rollouts:
+        pairs, left_out, source = sampled_pairs(policy, tasks, args, limit, token_of)
+    else:
+        # Guesses, which only tasks with an empty turn allow, catch up at the end.
+        order = sorted(tasks, key=lambda task: [] in task.gold)
+        bar = tqdm(order, desc="data", unit="task", disable=None, dynamic_ncols=True)
+        written = [written_pair(policy, task, args, used, token_of) for task in bar]
+        pairs = [pair for pair in written if max(len(t.ids) for t in pair) <= limit]
+        left_out, source = len(written) - len(pairs), "gold and corrupted calls"
+    return [pair[:1] if args.arm == "sft" else pair for pair in pairs], left_out, source
+
+
+def statistics(trajectories: list[Trajectory]) -> str:
+    """Sizes by label, reward tokens and kinds of mistakes, as lines of text."""
+    lines, failures = [], [t for t in trajectories if t.reward < 1]
+    for label, ts in (("successes", [t for t in trajectories if t.reward == 1]), ("failures", failures)):
+        sizes = {"tokens": [len(t.ids) for t in ts], "with loss": [sum(t.mask) for t in ts],
+                 "messages": [t.steps for t in ts], "calls": [t.calls for t in ts]}
+        spread = [f"{name} {sum(n) / len(n):.1f} (at most {max(n)})" for name, n in sizes.items() if n]
+        lines.append(", ".join([f"{len(ts)} {label}", *spread]))
+    tokens = Counter(t.reward_token or "none" for t in trajectories)
+    mistakes = Counter(t.verdict.get("mistake") or t.verdict["error_type"] or t.reason for t in failures)
+    return "\n".join(lines + [f"{name}: " + ", ".join(f"{value} {n}" for value, n in sorted(counts.items()))
+                              for name, counts in (("reward tokens", tokens), ("mistakes", mistakes))])
+
+
+def marked(t: Trajectory, tokenizer) -> str:
+    """The trajectory as text, what carries loss in [[double brackets]], a long prompt folded."""
+    runs = itertools.groupby(zip(t.mask, t.ids), key=lambda place: place[0])
+    texts = [(said, piece([i for _, i in run], bool(said), tokenizer, colour=False)) for said, run in runs]
+    return "".join(f"[[{text}]]" if said else text for said, text in texts)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -715,21 +852,16 @@ def main(args):
     banned, style, dtype = policy.banned, policy.style(args.style), compute_dtype(args.dtype, world.device)
 
     # steps 1 and 2: data
-    pairs, left_out = stage1_data(policy, tasks, args)
+    pairs, left_out, source = stage1_data(policy, tasks, args)
     if not pairs:
         raise BfclError(f"none of the {len(tasks)} tasks fits --max_len {args.max_len} and "
                         f"--tokens_per_microbatch {args.tokens_per_microbatch}: raise them or take smaller "
                         "--docs")
-    val_packs = pack([t for pair in stage1_data(policy, val_tasks, args)[0] for t in pair],
+    written = argparse.Namespace(**{**vars(args), "rollouts": []})
+    val_packs = pack([t for pair in stage1_data(policy, val_tasks, written)[0] for t in pair],
                      args.tokens_per_microbatch)
     data = [t for pair in pairs for t in pair]
     steps = args.steps or args.epochs * math.ceil(2 * len(pairs) / args.batch)
-    if world.main:
-        print(f"stage 1: {args.model} | docs {args.docs}, style {style} | all that fit: {len(pairs)} of "
-              f"{len(tasks)} tasks | {len(data)} trajectories, {sum(len(t.ids) for t in data)} tokens, "
-              f"{sum(sum(t.mask) for t in data)} with loss | {steps} steps of {args.batch} trajectories | {dtype} "
-              f"on {world.size} x {world.device.type} | {out}", flush=True)
-
     if args.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable()
     model = shard(policy.model, dtype, world)
@@ -741,6 +873,12 @@ def main(args):
     done = checkpoints.load()
     logger, interrupt = MetricsLogger(out, world, done, args), Interrupt(world)
     rate, skipped = matmul_rate(dtype, world.device), 0
+    if world.main:
+        print(f"{marked(data[-1], policy.tokenizer)}\n\ndata: {source}; {left_out} too long\n{statistics(data)}")
+        print(f"stage 1: {args.model} | docs {args.docs}, style {style} | all that fit: {len(pairs)} of "
+              f"{len(tasks)} tasks | arm {args.arm}, {len(data)} trajectories | {steps} steps of {args.batch} "
+              f"trajectories | {dtype} on {world.size} x {world.device.type} | {out}"
+              + f" | from step {done + 1}" * (done > 0), flush=True)
     bar = tqdm(total=steps, initial=done, desc="stage 1", unit="step", disable=not world.main, dynamic_ncols=True)
     for step in range(done + 1, steps + 1):
         start = time.monotonic()
@@ -794,7 +932,8 @@ def main(args):
     step = checkpoints.load(best=True) or steps
     contract = {"stage": "rctp", "step": step, "base_model": policy.contract.get("base_model", args.model),
                 "docs": args.docs, "style": style, "protocol": args.protocol, "reward_ids": policy.reward_ids,
-                "tasks": sorted({t.task for t in data}), "data_sha256": bfcl_env.data_sha256()}
+                "arm": args.arm, "tokens": sorted({t.reward_token or "none" for t in data}), "data": source,
+                "data_sha256": bfcl_env.data_sha256(), "tasks": sorted({t.task for t in data})}
     end_run(model, policy, out, contract, world, began, ["loss", "grad_norm", "eval/loss", "eval/reward_high",
             "eval/reward_low", "eval/reward_none"], "torchrun rl_rcgrpo.py --init")
 
