@@ -5,8 +5,10 @@ import ast
 import collections
 import contextlib
 import copy
+import dataclasses
 import functools
 import io
+import itertools
 import json
 import os
 import random
@@ -32,7 +34,7 @@ import bfcl_env
 import rl_rcgrpo
 import rollout as sampler
 import sft_rctp
-from bfcl_env import BfclEnv, Call, CallSyntaxError, Episode, judge, load_tasks, parse_calls
+from bfcl_env import BfclEnv, BfclError, Call, CallSyntaxError, Episode, judge, load_tasks, parse_calls
 from rollout import (DEFAULT_MODEL, Chat, Trajectory, load_policy, make_policy, masked_logits, rollout,
                      tiny_config)
 
@@ -499,8 +501,9 @@ def test_written_gold_is_valid_from_its_text(style):
 def test_every_task_can_be_corrupted():
     """One odd argument (a dict, an empty list) in one of 800 tasks ends the run at its start."""
     for task in TASKS:
-        gold = sft_rctp.gold_calls(task)
-        assert any(sft_rctp.corrupt(task, gold, random.Random(seed)) != gold for seed in range(8))
+        gold, rng = sft_rctp.gold_calls(task), random.Random(task.id)
+        kinds = [kind for kind in sft_rctp.MISTAKES if sft_rctp.corrupt(task, gold, kind, rng) != gold]
+        assert len(kinds) >= 3, (task.id, kinds)
 
 
 def test_world_text_cannot_break_the_batch():
@@ -526,28 +529,127 @@ def test_calls_that_need_a_result_come_after_it():
         known += "".join(step.results)
 
 
-def test_failures_are_failures(tmp_path):
-    """A low-reward example that in truth succeeds teaches that the token means nothing."""
+def stage1_args(**changes):
+    return types.SimpleNamespace(**{**dict(
+        model="tiny", style="auto", docs="signature", protocol="official", reward="official", max_len=10**6,
+        tokens_per_microbatch=10**6, seed=0, arm="rctp", no_token=0.1, rollouts=[]), **changes})
+
+
+@pytest.fixture(scope="module")
+def written():
+    """(policy, tasks, the pairs of stage 1) for the training tasks, every second in the fast run."""
     policy = load_policy("tiny")
-    args = type("Args", (), dict(style="auto", docs="signature", protocol="official", reward="official",
-                                 max_len=8192, tokens_per_microbatch=8192, seed=0))
-    tasks = load_tasks(["multi_turn_base"])[::25]
-    pairs, left_out = sft_rctp.stage1_data(policy, tasks, args)
-    assert len(pairs) == len(tasks) and not left_out
-    for task, (good, bad) in zip(tasks, pairs):
+    policy.model.config.max_position_embeddings = 10**6
+    tasks = bfcl_env.split(TASKS)["train"][::1 if FULL else 2]
+    pairs, left_out, _ = sft_rctp.stage1_data(policy, tasks, stage1_args())
+    assert sorted(good.task for good, _ in pairs) == sorted(task.id for task in tasks) and not left_out
+    return policy, tasks, pairs
+
+
+def runs_of(t: Trajectory) -> list[tuple[int, list[int]]]:
+    """(mask, ids) of each stretch: prompt, message, answer, message ..."""
+    runs = itertools.groupby(zip(t.mask, t.ids), key=lambda place: place[0])
+    return [(said, [i for _, i in run]) for said, run in runs]
+
+
+def test_failures_are_failures(written):
+    """A low-reward example that in truth succeeds teaches that the token means nothing."""
+    policy, _, pairs = written
+    for good, bad in pairs[::1 if FULL else 8]:
         assert good.reward == 1 and bad.reward == 0
-        assert (good.reward_token, bad.reward_token) == ("high", "low")
         for t in (good, bad):  # judged again from the ids alone, as any reader of the dump could
-            env, i = BfclEnv(task), 0
-            while i < len(t.ids):
-                j = i
-                while j < len(t.ids) and t.mask[j] == t.mask[i]:
-                    j += 1
-                if t.mask[i]:
-                    assert t.ids[j - 1] == policy.chat.stop_id
-                    env.step(policy.tokenizer.decode(t.ids[i:j - 1]))
-                i = j
+            env = BfclEnv(BY_ID[t.task], style=policy.style())
+            for said, ids in runs_of(t):
+                if said:
+                    assert ids[-1] == policy.chat.stop_id
+                    env.step(policy.tokenizer.decode(ids[:-1]))
             assert env.verdict().valid == (t is good)
+
+
+def test_mistakes_are_spread_evenly(written):
+    """With one kind of mistake in the data, the low token comes to mean that mistake and not failure."""
+    kinds = collections.Counter(bad.verdict["mistake"] for _, bad in written[2])
+    assert set(kinds) == set(sft_rctp.MISTAKES) and max(kinds.values()) <= 1.1 * min(kinds.values()), kinds
+    steps = [t.steps for pair in written[2] for t in pair]
+    assert f"guess {kinds['guess']}" in sft_rctp.statistics([t for pair in written[2] for t in pair])
+    assert f"at most {max(steps)}" in sft_rctp.statistics([t for pair in written[2] for t in pair])
+
+
+def test_a_pair_agrees_until_the_first_mistake(written):
+    """What differs before the first mistake is learned in its place: the label without the reason for it."""
+    policy, _, pairs = written
+    for pair in pairs:
+        good, bad = ([policy.tokenizer.decode(ids) for _, ids in runs_of(t)] for t in pair)
+        at = next(i for i, (a, b) in enumerate(zip(good[1:], bad[1:]), 1) if a != b)
+        assert at % 2 == 1, "the world answers the same calls in two ways"
+        assert good[at].startswith("[") or bad[at].startswith("["), "words differ where calls agree"
+
+
+def test_lengths_do_not_tell_the_label(written):
+    """If failures are shorter, or have less calls, a policy learns to be short under the low token."""
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.model_selection import GroupKFold, cross_val_predict
+
+    def features(t):
+        said, heard = ([len(ids) for mask, ids in runs_of(t)[1:] if mask == m] for m in (1, 0))
+        turns = len(BY_ID[t.task].turns)
+        return [sum(said), sum(heard), sum(said + heard), t.steps, t.calls, turns, sum(said) / t.steps,
+                max(said), min(said), max(heard), min(heard), sum(heard) / max(1, t.calls),
+                sum(said) / max(1, t.calls), t.calls / turns, t.steps / turns, t.steps - turns]
+    family = {i: n for n, group in enumerate(bfcl_env.families(TASKS)) for i in group}
+    trajectories = [t for pair in written[2] for t in pair]
+    labels = [t.reward for t in trajectories]
+    guesses = cross_val_predict(HistGradientBoostingClassifier(random_state=0),
+                                [features(t) for t in trajectories], labels, cv=GroupKFold(5),
+                                groups=[family[BY_ID[t.task].index] for t in trajectories])
+    accuracy = sum(guesses == labels) / len(labels)
+    assert accuracy < 0.60, accuracy
+
+
+def test_arms(written):
+    """Arms that differ in more than tokens and labels compare something else than they say."""
+    policy, tasks, _ = written
+    arms = {arm: sft_rctp.stage1_data(policy, tasks[::12], stage1_args(arm=arm, no_token=0.3))[0]
+            for arm in ("rctp", "mixed", "sft")}
+    tokens = collections.Counter(t.reward_token for pair in arms["rctp"] for t in pair)
+    assert 0.15 < tokens[None] / tokens.total() < 0.45
+    for (good, bad), mixed, sft in zip(*arms.values(), strict=True):
+        assert (good.reward_token, bad.reward_token) in itertools.product(("high", None), ("low", None))
+        assert [t.reward_token for t in mixed + sft] == [None] * 3 and mixed[:1] == sft
+        assert [runs_of(t)[1:] for t in mixed] == [runs_of(t)[1:] for t in (good, bad)]
+
+
+def test_rollouts_become_data(written, tmp_path):
+    """A rollout under the wrong token teaches the opposite; one of another prompt teaches nothing it says."""
+    policy, tasks, pairs = written
+    (a, b), (c, d), (other, _) = copy.deepcopy(pairs[:3])
+    for t in (b, d):
+        del t.verdict["mistake"]
+    few = [BY_ID[t.task] for t in (a, c)]
+    silent = dataclasses.replace(a, mask=[0] * len(a.mask))
+    long = dataclasses.replace(c, ids=c.ids + [1] * 10**5, mask=c.mask + [1] * 10**5)
+
+    def data(lines, **changes):
+        file = tmp_path / "step_000001.jsonl"
+        file.write_text("".join(line if isinstance(line, str) else line.to_json() + "\n" for line in lines))
+        return sft_rctp.stage1_data(policy, few, stage1_args(rollouts=[str(file)], no_token=0, **changes))
+    wrong = dataclasses.replace(d, reward=1.0, logps=[-1.0] * len(d.ids))  # the verdict counts
+    found, left_out, source = data([a, a, b, wrong, other, silent])
+    assert [[t.reward_token for t in pair] for pair in found] == [["high", "low"]] * 2 and not left_out
+    assert [t.task for pair in found for t in pair] == [a.task, b.task, a.task, d.task]
+    assert "step_000001.jsonl (4 trajectories)" in source
+    for t, origin in zip(found[1], (a, d)):
+        assert t.reward == origin.verdict["valid"] and runs_of(t)[1:] == runs_of(origin)[1:]
+        assert len(t.logps) == len(t.ids) and not any(t.logps)
+        assert runs_of(t)[0][1].count(policy.reward_ids[t.reward_token]) == 1
+    assert data([a, b, long], max_len=10**5)[1] == 1
+    for lines, message in (([a, "{}\n"], "line 2"), ([a, "no\n"], "line 2"), ([a, b, "[1]\n"], "line 3"),
+                           ([a, dataclasses.replace(b, ids=b.ids[1:])], "line 2"),
+                           ([a], "1 successes and 0 failures"), ([b, d], "0 successes and 2 failures")):
+        with pytest.raises(BfclError, match=message):
+            data(lines)
+    with pytest.raises(BfclError, match="--docs"):
+        data([a, b], docs="slim")
 
 
 # ---- the world ------------------------------------------------------------
