@@ -555,14 +555,15 @@ def runs_of(t: Trajectory) -> list[tuple[int, list[int]]]:
 def test_failures_are_failures(written):
     """A low-reward example that in truth succeeds teaches that the token means nothing."""
     policy, _, pairs = written
+    assert all(good.reward == 1 and bad.reward == 0 for good, bad in pairs)
     for good, bad in pairs[::1 if FULL else 8]:
-        assert good.reward == 1 and bad.reward == 0
         for t in (good, bad):  # judged again from the ids alone, as any reader of the dump could
             env = BfclEnv(BY_ID[t.task], style=policy.style())
             for said, ids in runs_of(t):
                 if said:
                     assert ids[-1] == policy.chat.stop_id
                     env.step(policy.tokenizer.decode(ids[:-1]))
+                    assert f"[[{policy.tokenizer.decode(ids)}]]" in sft_rctp.marked(t, policy.tokenizer)
             assert env.verdict().valid == (t is good)
 
 
@@ -583,6 +584,8 @@ def test_a_pair_agrees_until_the_first_mistake(written):
         at = next(i for i, (a, b) in enumerate(zip(good[1:], bad[1:]), 1) if a != b)
         assert at % 2 == 1, "the world answers the same calls in two ways"
         assert good[at].startswith("[") or bad[at].startswith("["), "words differ where calls agree"
+        more = {"missing": -1, "stop": -1, "repeat": 1, "guess": 1}.get(pair[1].verdict["mistake"], 0)
+        assert (pair[1].calls > pair[0].calls) - (pair[1].calls < pair[0].calls) == more, "two bases"
 
 
 def test_lengths_do_not_tell_the_label(written):
@@ -594,7 +597,7 @@ def test_lengths_do_not_tell_the_label(written):
         said, heard = ([len(ids) for mask, ids in runs_of(t)[1:] if mask == m] for m in (1, 0))
         turns = len(BY_ID[t.task].turns)
         return [sum(said), sum(heard), sum(said + heard), t.steps, t.calls, turns, sum(said) / t.steps,
-                max(said), min(said), max(heard), min(heard), sum(heard) / max(1, t.calls),
+                max(said), min(said), max(heard, default=0), sum(heard) / max(1, t.calls),
                 sum(said) / max(1, t.calls), t.calls / turns, t.steps / turns, t.steps - turns]
     family = {i: n for n, group in enumerate(bfcl_env.families(TASKS)) for i in group}
     trajectories = [t for pair in written[2] for t in pair]
