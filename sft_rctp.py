@@ -355,9 +355,9 @@ def flops(model, layouts: list[Packed], loss_tokens: int) -> float:
             + 12 * config.num_hidden_layers * config.num_attention_heads * head_dim(config) * pairs)
 
 
-def matmul_rate(dtype: torch.dtype, device) -> float:
+def matmul_rate(dtype: torch.dtype, device, times: int = 1) -> float:
     """Operations a second of large matrix products on this machine: what MFU is a share of."""
-    n, seconds = 4096 if device.type == "cpu" else 8192, []
+    n, seconds = 2048 * times if device.type == "cpu" else 8192, []
     a = torch.randn(n, n, device=device).to(dtype)
     for _ in range(5):
         start = time.perf_counter()
@@ -759,7 +759,7 @@ def sampled_pairs(policy: Policy, tasks, args, limit: int, token_of) -> tuple[li
     @functools.cache
     def opening(task, token):
         return policy.chat.opening(BfclEnv(by_id[task], args.docs, style, args.protocol).messages(), token)
-    for file, (number, line) in ((file, row) for file in args.rollouts for row in enumerate(open(file), 1)):
+    for file, (n, line) in ((file, row) for file in args.rollouts for row in enumerate(open(file), 1)):
         try:
             t = Trajectory.from_json(line)
             if t.task not in by_id or 1 not in t.mask:
@@ -768,7 +768,7 @@ def sampled_pairs(policy: Policy, tasks, args, limit: int, token_of) -> tuple[li
             if t.ids[:len(old)] != old or 1 in t.mask[:len(old)] or len(t.mask) != len(t.ids):
                 raise ValueError("another prompt")
         except (KeyError, TypeError, ValueError):
-            raise BfclError(f"{file}, line {number}: not a rollout with this run's prompt; give a run's "
+            raise BfclError(f"{file}, line {n}: not a rollout with this run's prompt; give a run's "
                             "rollouts/*.jsonl and its --model, --docs, --style and --protocol") from None
         reward = verdict.reward(args.reward)
         token = token_of("high" if reward == 1 else "low")
@@ -810,7 +810,7 @@ def stage1_data(policy: Policy, tasks, args) -> tuple[list[list[Trajectory]], in
     return [pair[:1] if args.arm == "sft" else pair for pair in pairs], left_out, source
 
 
-def statistics(trajectories: list[Trajectory]) -> str:
+def data_statistics(trajectories: list[Trajectory]) -> str:
     """Sizes by label, reward tokens and kinds of mistakes, as lines of text."""
     lines, failures = [], [t for t in trajectories if t.reward < 1]
     for label, ts in (("successes", [t for t in trajectories if t.reward == 1]), ("failures", failures)):
@@ -860,6 +860,8 @@ def main(args):
     written = argparse.Namespace(**{**vars(args), "rollouts": []})
     val_packs = pack([t for pair in stage1_data(policy, val_tasks, written)[0] for t in pair],
                      args.tokens_per_microbatch)
+    if val_tasks and not val_packs:
+        raise BfclError(f"no validation task fits --max_len {args.max_len}: raise it, or add --eval_every 0")
     data = [t for pair in pairs for t in pair]
     steps = args.steps or args.epochs * math.ceil(2 * len(pairs) / args.batch)
     if args.gradient_checkpointing:
@@ -874,7 +876,7 @@ def main(args):
     logger, interrupt = MetricsLogger(out, world, done, args), Interrupt(world)
     rate, skipped = matmul_rate(dtype, world.device), 0
     if world.main:
-        print(f"{marked(data[-1], policy.tokenizer)}\n\ndata: {source}; {left_out} too long\n{statistics(data)}")
+        print(f"{marked(data[-1], policy.tokenizer)}\n\ndata: {source}; {left_out} too long\n{data_statistics(data)}")
         print(f"stage 1: {args.model} | docs {args.docs}, style {style} | all that fit: {len(pairs)} of "
               f"{len(tasks)} tasks | arm {args.arm}, {len(data)} trajectories | {steps} steps of {args.batch} "
               f"trajectories | {dtype} on {world.size} x {world.device.type} | {out}"

@@ -13,6 +13,8 @@ import json
 import os
 import random
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -341,12 +343,63 @@ def test_packing_changes_no_gradient(architecture):
              for i, t in enumerate(trajectories))
     packs = sft_rctp.pack(trajectories)
     assert sum(len(p.ids) for p in packs) < 0.8 * sum(len(t.ids) for t in trajectories)
-    packed = ((sft_rctp.token_logprobs(policy.model, p, policy.banned, chunk=7)[0], p.owner) for p in packs)
+    packed = ((sft_rctp.token_logprobs(policy.model, p, policy.banned, chunk=7), p.owner) for p in packs)
     (a_logp, a), (b_logp, b) = gradients(plain), gradients(packed)
     assert all(torch.allclose(a_logp[i], b_logp[i], atol=1e-5) for i in a_logp)
     assert len(b_logp) == len(trajectories)
     for name in a:
         assert (a[name] - b[name]).norm() <= 1e-5 * a[name].norm(), name
+
+
+@pytest.mark.parametrize("S, past", [(300, 0), (300, 77), (5, 9)])
+def test_blocks_are_attention(S, past):
+    """A block that sees one key too many or too few, or a gradient summed into the wrong keys."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, h, n, 16, dtype=torch.float64).requires_grad_()
+               for h, n in ((6, S), (2, past + S), (2, past + S)))
+    mask = torch.ones(S, past + S, dtype=torch.bool).tril(past)
+    ours = sampler.attention(q, k, v, 0.3, past)
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True)
+    weight = torch.randn_like(plain)
+    assert torch.allclose(ours, plain)
+    for a, b in zip(*(torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (ours, plain))):
+        assert (a - b).norm() < 1e-6 * b.norm()  # sums over blocks are fp32
+
+
+def test_checkpoints(world, tmp_path):
+    """A checkpoint that is half written, the wrong one kept, or weights that come back without their moments."""
+    def fresh(seed):
+        model = sft_rctp.shard(tiny_policy(seed=seed).model, torch.float32, world)
+        optimizer = sft_rctp.make_optimizer(model, 1e-2)
+        return model, optimizer, sft_rctp.Checkpointer(tmp_path, model, optimizer, 1, world)
+
+    def step(model, optimizer):
+        for p in model.parameters():
+            p.grad = p.detach().clone()
+        optimizer.step()
+        return {n: p.full_tensor().clone() for n, p in model.named_parameters()}
+    model, optimizer, checkpoints = fresh(0)
+    assert checkpoints.load() == 0
+    states = {}
+    for n, mark in ((1, [0.5]), (2, [0.1]), (3, None), (4, [0.2])):
+        states[n] = step(model, optimizer)
+        checkpoints.save(n, mark)
+    assert [c["step"] for c in checkpoints.finished()] == [1, 4]  # the best and the newest
+    (tmp_path / "checkpoints/step_000009.partial").mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # a full disk
+    try:
+        with pytest.raises(bfcl_env.BfclError, match="step 5 cannot be written.*older ones are untouched"):
+            checkpoints.save(5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    after = step(model, optimizer)
+    other, its_optimizer, again = fresh(1)
+    assert again.load(best=True) == 1
+    assert all(torch.equal(p.full_tensor(), states[1][n]) for n, p in other.named_parameters())
+    assert again.load() == 4
+    assert all(torch.equal(p.full_tensor(), states[4][n]) for n, p in other.named_parameters())
+    assert all(torch.equal(a, after[n]) for n, a in step(other, its_optimizer).items())  # moments too
 
 
 def test_packs_respect_the_budget():
@@ -367,16 +420,17 @@ def test_micro_batches_change_no_gradient(world):
     for budget in (longest, 2 * longest, 8192):
         policy = tiny_policy()
         model = sft_rctp.shard(policy.model, torch.float32, world)
-        optimizer, _ = sft_rctp.make_optimizer(model, 1e-3, 0, 10, decay=0)
+        optimizer = sft_rctp.make_optimizer(model, 1e-3)
+        optimizer.register_step_pre_hook(lambda *_: grads.append(
+            (len(packs), {n: p.grad.full_tensor().clone() for n, p in model.named_parameters()})))
         packs = sft_rctp.pack(trajectories, budget)
         count = sum(len(p.target) for p in packs)
         sft_rctp.update(model, optimizer, packs,
-                        lambda p: -model.token_logprobs(p, policy.banned)[0].sum() / count,
+                        lambda p: -model.token_logprobs(p, policy.banned).sum() / count,
                         world, max_grad_norm=1e9)
-        grads.append((len(packs), {n: p.grad.full_tensor() for n, p in model.named_parameters()}))
     plain = tiny_policy()
     for p in packs:
-        (-sft_rctp.token_logprobs(plain.model, p, plain.banned)[0].sum() / count).backward()
+        (-sft_rctp.token_logprobs(plain.model, p, plain.banned).sum() / count).backward()
     for name, p in plain.model.named_parameters():  # and it is the gradient of the loss, not a multiple of it
         assert (grads[2][1][name] - p.grad).norm() <= 1e-6 * p.grad.norm()
     assert len({n for n, _ in grads}) == 3
@@ -400,7 +454,7 @@ def test_rc_grpo_learns_a_toy_world(world):
             said = "".join(self.heard)
             return Share(sum(c.isdigit() for c in said) / max(1, len(said)))
     model = sft_rctp.shard(learner.model, torch.float32, world)
-    optimizer, _ = sft_rctp.make_optimizer(model, 1e-2, 0, 10, decay=0)
+    optimizer = sft_rctp.make_optimizer(model, 1e-2)
     means = []
     for step in range(12):
         worlds = [Digits(f"a{s}", 1) for s in range(2) for _ in range(8)]
@@ -412,14 +466,14 @@ def test_rc_grpo_learns_a_toy_world(world):
         means.append(rewards.mean().item())
 
         def loss_of(p):
-            logp, _ = model.token_logprobs(p, policy.banned)
+            logp = model.token_logprobs(p, policy.banned)
             counts = torch.unique_consecutive(p.owner, return_counts=True)
             rows = torch.nn.utils.rnn.pad_sequence(logp.split(counts[1].tolist()), batch_first=True)
             mask = torch.arange(rows.shape[1]) < counts[1][:, None]
             return rl_rcgrpo.policy_loss(rows, rows.detach(), None, advantages[counts[0]], mask, beta=0,
-                                         rollouts=16)[0]
+                                         count=16)[0]
         sft_rctp.update(model, optimizer, sft_rctp.pack(ts), loss_of, world, 1.0)
-        rl_rcgrpo.load_weights(policy.model, sft_rctp.full_state(model))
+        sft_rctp.copy_weights(policy.model, model)
     assert sum(means[-3:]) > 1.5 * sum(means[:3]), means
 
 
@@ -433,10 +487,32 @@ def test_advantages_by_hand():
     assert torch.allclose(got, torch.tensor([[1, -1, -1, 1], [0, 0, 0, 0],
                                              [3 * r, -r, -r, -r], [0, 0, 0, 0.]]))
     assert (got[[1, 3]] == 0).all()
+    plain = rl_rcgrpo.group_advantages(rewards, scale=False)
+    assert torch.allclose(plain[2], torch.tensor([.75, -.25, -.25, -.25])) and (plain[[1, 3]] == 0).all()
+    tokens = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]])  # within the same token
+    r = 2 ** -0.5
+    assert torch.allclose(rl_rcgrpo.group_advantages(rewards, tokens, eps=0),
+                          torch.tensor([[1, -1, -1, 1], [0, 0, 0, 0], [2 * r, -r, -r, 0], [0, 0, 0, 0.]]))
 
 
-def test_policy_loss_against_a_loop():
-    """Signs, clipping side, averaging order and the KL estimator, in float64, token by token."""
+def test_variance_parts():
+    """The two parts must add up, and the second be what Prop. 4.3 bounds: they carry the paper's argument."""
+    rng, parts, G, p = random.Random(0), [], 5, 0.5
+    for _ in range(3000):
+        drawn = [rng.random() < p for _ in range(G)]
+        rewards = torch.tensor([[float(rng.random() < (0.8 if high else 0.3)) for high in drawn]])
+        within, between = rl_rcgrpo.variance_parts(rewards, torch.tensor([drawn]).long())
+        assert abs(within + between - rewards.var(1, correction=0).item()) < 1e-6
+        parts.append((within, between))
+    between = sum(b for _, b in parts) / len(parts)
+    noise = p * (0.8 * 0.2 + 0.3 * 0.7) / G  # of the tokens' means, which the bound leaves out
+    assert (G - 1) / G * p * (1 - p) * 0.5**2 < between < (G - 1) / G * p * (1 - p) * 0.5**2 + 2 * noise
+    assert rl_rcgrpo.variance_parts(torch.tensor([[1., 1., 0., 0.]]), torch.tensor([[1, 1, 0, 0]])) == (0, 0.25)
+
+
+@pytest.mark.parametrize("average", ["sequence", "token"])
+def test_policy_loss_against_a_loop(average):
+    """Signs, clipping sides, averaging order and the KL estimator, in float64, token by token."""
     torch.manual_seed(0)
     B, T = 4, 6
     logp = torch.randn(B, T, dtype=torch.float64).requires_grad_()
@@ -444,22 +520,32 @@ def test_policy_loss_against_a_loop():
     advantages = torch.tensor([1.3, -0.7, 0.0, 2.0], dtype=torch.float64)
     mask = torch.rand(B, T) < 0.7
     mask[:, 0] = True
-    loss, stats = rl_rcgrpo.policy_loss(logp, old, ref, advantages, mask, clip=0.2, beta=0.3, rollouts=5)
-    expected, clipped = 0.0, 0
+    given = [x.detach().clone() for x in (logp, old, ref, advantages, mask)]
+
+    def ours(x):
+        return rl_rcgrpo.policy_loss(x, old, ref, advantages, mask, 0.1, 0.3, beta=0.3, average=average, count=9)
+    loss, stats = ours(logp)
+    expected, low, high = 0.0, 0, 0
     for j in range(B):
         row = 0.0
         for t in range(T):
             if mask[j, t]:
                 rho = torch.exp(logp[j, t] - old[j, t])
                 d = ref[j, t] - logp[j, t]
-                gain = min(rho * advantages[j], max(0.8, min(1.2, rho)) * advantages[j])
+                gain = min(rho * advantages[j], max(0.9, min(1.3, rho)) * advantages[j])
                 row += 0.3 * (d.exp() - d - 1) - gain
-                clipped += not 0.8 <= rho <= 1.2
-        expected += row / mask[j].sum() / 5
-    assert torch.allclose(loss, expected) and stats["clip_ratio"] == clipped / mask.sum()
+                low += rho < 0.9 and advantages[j] < 0
+                high += rho > 1.3 and advantages[j] > 0
+        expected += row / 9 / (mask[j].sum() if average == "sequence" else 1)
+    assert torch.allclose(loss, expected) and low and high
+    assert stats["clip_ratio/low_mean"] == low / mask.sum() and stats["clip_ratio/high_mean"] == high / mask.sum()
     [a] = torch.autograd.grad(loss, logp, retain_graph=True)
     [b] = torch.autograd.grad(expected, logp)
-    assert torch.allclose(a, b)
+    assert torch.allclose(a, b) and torch.autograd.gradcheck(lambda x: ours(x)[0], logp)
+    for before, after in zip(given, (logp, old, ref, advantages, mask)):  # a batch is never changed
+        assert torch.equal(before, after)
+    same, stats = rl_rcgrpo.policy_loss(logp, logp.detach(), ref, advantages, mask, beta=0)
+    assert stats["clip_ratio/region_mean"] == 0 and torch.allclose(same, -advantages.mean())  # the ratio is 1
 
 
 def test_masked_positions_reach_nothing():
@@ -481,6 +567,9 @@ def test_token_draw():
     single = sum(len(set(g)) == 1 for g in groups) / len(groups)
     high = sum(g.count("high") for g in groups) / 8000
     assert abs(single - 0.125) < 0.03 and abs(high - 0.5) < 0.03
+    exact = [rl_rcgrpo.draw_reward_tokens("mixed", 5, 0.5, rng, exact=True).count("high") for _ in range(500)]
+    assert set(exact) == {2, 3} and abs(sum(exact) / 500 - 2.5) < 0.1
+    assert len({tuple(rl_rcgrpo.draw_reward_tokens("mixed", 4, 0.5, rng, True)) for _ in range(99)}) == 6
     assert rl_rcgrpo.draw_reward_tokens("high", 3, 0.5, rng) == ["high"] * 3
     assert rl_rcgrpo.draw_reward_tokens("none", 3, 0.5, rng) == [None] * 3
 
@@ -572,8 +661,8 @@ def test_mistakes_are_spread_evenly(written):
     kinds = collections.Counter(bad.verdict["mistake"] for _, bad in written[2])
     assert set(kinds) == set(sft_rctp.MISTAKES) and max(kinds.values()) <= 1.1 * min(kinds.values()), kinds
     steps = [t.steps for pair in written[2] for t in pair]
-    assert f"guess {kinds['guess']}" in sft_rctp.statistics([t for pair in written[2] for t in pair])
-    assert f"at most {max(steps)}" in sft_rctp.statistics([t for pair in written[2] for t in pair])
+    assert f"guess {kinds['guess']}" in sft_rctp.data_statistics([t for pair in written[2] for t in pair])
+    assert f"at most {max(steps)}" in sft_rctp.data_statistics([t for pair in written[2] for t in pair])
 
 
 def test_a_pair_agrees_until_the_first_mistake(written):
@@ -1376,8 +1465,8 @@ def test_starts_fast():
 def test_worked_examples():
     """A docstring's example that no longer holds."""
     import doctest
-    result = doctest.testmod(bfcl_env)
-    assert result.attempted >= 2 and not result.failed
+    results = [doctest.testmod(m, extraglobs={"torch": torch}) for m in (bfcl_env, sft_rctp, rl_rcgrpo)]
+    assert sum(r.attempted for r in results) >= 5 and not any(r.failed for r in results)
 
 
 # ---- the commands -----------------------------------------------------------------
@@ -1393,11 +1482,11 @@ def pipeline(tmp_path_factory):
     """Stage 1, stage 2 and evaluation with the tiny model, as a user types them."""
     out = tmp_path_factory.mktemp("pipeline")
     tasks = ["--tasks", "multi_turn_base_139,multi_turn_base_50"]
-    sft = run("sft_rctp.py", "--model", "tiny", *tasks, "--out", out / "sft", "--steps", "2", "--lr", "1e-3")
+    sft = run("sft_rctp.py", "--model", "tiny", *tasks, "--out", out / "sft", "--steps", "2", "--lr", "1e-3", "--eval_every", "0")
     assert sft.returncode == 0, sft.stderr[-2000:]
     rl = run("rl_rcgrpo.py", "--init", out / "sft/model", *tasks, "--out", out / "rl", "--steps", "2",
              "--prompts", "2", "--group", "3", "--max_turn_tokens", "12", "--dtype", "fp32", "--lr", "1e-3",
-             "--reward", "progress")
+             "--reward", "progress", "--eval_every", "0")
     assert rl.returncode == 0, rl.stderr[-2000:]
     ev = run("eval_bfcl.py", "--ckpt", "tiny", out / "sft/model", out / "rl/model", *tasks, "--samples", "2",
              "--reward_tokens", "high,low,none", "--max_turn_tokens", "12", "--out", out / "eval")
@@ -1410,6 +1499,7 @@ def test_pipeline(pipeline):
     out, sft, rl, ev = pipeline
     lines = [json.loads(line) for line in (out / "rl/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2] and lines[0]["kl"] == 0  # it starts at the reference
+    assert lines[0]["clip_ratio/region_mean"] == 0 and 0 < lines[0]["perf/mfu"] < 1
     assert lines[0]["sampling/sampling_logp_difference/max"] < 1e-4  # sampler and trainer agree
     dumped = (out / "rl/rollouts/step_000001.jsonl").read_text().splitlines()
     assert len(dumped) == 6 and Trajectory.from_json(dumped[0]).reward_token in ("high", "low")
@@ -1479,7 +1569,66 @@ def test_data_package_is_checked(tmp_path):
 def test_another_run_is_not_overwritten(pipeline):
     """Two learning rates in one folder are one lost experiment."""
     done = run("sft_rctp.py", "--model", "tiny", "--out", pipeline[0] / "sft")
-    assert done.returncode != 0 and "holds another run" in done.stderr
+    assert done.returncode != 0 and "holds another run (--eval_every 0 there, 50 here" in done.stderr
+    tasks = "multi_turn_base_139,multi_turn_base_50"
+    done = run("sft_rctp.py", "--model", "tiny", "--out", pipeline[0] / "sft", "--tasks", tasks, "--steps", "2",
+               "--lr", "1e-3", "--eval_every", "0")
+    assert done.returncode != 0 and "is finished" in done.stderr
+
+
+# Rewards that differ, which a random model does not earn.
+REWARDED = """import rollout, runpy, sys
+plain = rollout.Trajectory.__init__
+def init(self, *args, **kwargs):
+    plain(self, *args, **kwargs)
+    self.reward = float(sum(self.ids) % 2)
+rollout.Trajectory.__init__ = init
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")"""
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_killed_runs_resume(pipeline, tmp_path, stage):
+    """A resume that repeats or skips data, forgets moments, or draws other tokens ends at other weights."""
+    command = (["sft_rctp.py", "--model", "tiny", "--batch", "3"] if stage == "sft" else
+               ["-c", REWARDED, "rl_rcgrpo.py", "--init", str(pipeline[0] / "sft/model"), "--group", "3",
+                "--prompts", "1", "--max_turn_tokens", "9", "--dtype", "fp32", "--inner_epochs", "2"])
+    command += ["--tasks", "multi_turn_base_139,multi_turn_base_50", "--steps", "6", "--lr", "1e-3", "--save_every",
+                "1", "--eval_every", "2", "--eval_limit", "1", "--max_turn_tokens", "9"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "THP_MEM_ALLOC_ENABLE": "1"}
+
+    def start(out):
+        return subprocess.Popen([sys.executable, *command, "--out", str(tmp_path / out)], cwd=HERE,
+                                env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def wait(process, condition):
+        deadline = time.time() + 60
+        while process.poll() is None and not condition() and time.time() < deadline:
+            time.sleep(0.002)
+    whole, cut = start("whole"), start("cut")
+    saved = tmp_path / "cut/checkpoints"
+    wait(cut, lambda: (saved / "step_000002").exists())
+    cut.terminate()  # it saves, and leaves
+    said = cut.communicate(timeout=60)[0]
+    assert cut.returncode == 1 and "the same command goes on from there" in said, said[-2000:]
+    for _ in range(4 if FULL else 1):
+        before = {p.name for p in saved.glob("step_*") if p.suffix != ".partial"}
+        cut = start("cut")
+        wait(cut, lambda: any(p.suffix == ".partial" and p.stem not in before for p in saved.glob("step_*")))
+        cut.kill()  # while it saves
+        cut.communicate()
+    cut = start("cut")
+    said = cut.communicate(timeout=120)[0]
+    assert cut.returncode == 0, said[-2000:]
+    assert whole.wait(120) == 0
+    a, b = ({p.name: p.read_bytes() for p in (tmp_path / out / "model").iterdir()} for out in ("whole", "cut"))
+    assert a == b
+    a, b = ([{k: v for k, v in json.loads(line).items() if not re.search("time|timing|perf", k)}
+             for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()] for out in ("whole", "cut"))
+    assert a == b and [line["step"] for line in a] == [1, 2, 3, 4, 5, 6]
+    if stage == "rl":
+        assert a[0]["kl"] == 0 or a[0]["grad_norm"] > 0
+        assert a[-1]["kl"] > 0 and "eval/reward_high" in a[-1] and "eval/weights" in a[-1]
 
 
 def test_interrupted_conversion_is_not_taken_for_a_model(tmp_path, monkeypatch):
@@ -1507,7 +1656,8 @@ def test_rotary_frequencies_stay_fp32():
 
 def test_two_ranks_are_one(tmp_path):
     """Ranks that draw other tasks, wait for each other, or average where they should sum."""
-    tasks = ["--tasks", "multi_turn_base_139,multi_turn_base_50,multi_turn_base_11", "--dtype", "fp32"]
+    tasks = ["--tasks", "multi_turn_base_139,multi_turn_base_50,multi_turn_base_11", "--dtype", "fp32",
+             "--eval_every", "0"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
     def metrics(ranks, script, *flags):
@@ -1515,9 +1665,18 @@ def test_two_ranks_are_one(tmp_path):
         done = run(*torchrun, str(ranks), script, *tasks, *flags, "--out", str(out))
         assert done.returncode == 0, done.stderr[-2000:]
         return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    sft = [metrics(n, "sft_rctp.py", "--model", "tiny", "--steps", "3", "--batch", "5") for n in (1, 2)]
-    rl = [metrics(n, "rl_rcgrpo.py", "--init", str(tmp_path / "sft_rctp.py1/model"), "--steps", "2",
+    flags = ["--model", "tiny", "--steps", "3", "--batch", "5", "--save_every", "2"]
+    sft = [metrics(n, "sft_rctp.py", *flags) for n in (1, 2)]
+    shutil.copytree(tmp_path / "sft_rctp.py1/model", tmp_path / "model")
+    shutil.rmtree(tmp_path / "sft_rctp.py1/model")  # as if killed before its end: the third step on two ranks
+    (tmp_path / "sft_rctp.py1").rename(tmp_path / "moved")
+    (tmp_path / "sft_rctp.py2").rename(tmp_path / "two")
+    (tmp_path / "moved").rename(tmp_path / "sft_rctp.py2")
+    config = tmp_path / "sft_rctp.py2/config.json"
+    config.write_text(config.read_text().replace("sft_rctp.py1", "sft_rctp.py2"))
+    sft.append(metrics(2, "sft_rctp.py", *flags))
+    rl = [metrics(n, "rl_rcgrpo.py", "--init", str(tmp_path / "model"), "--steps", "2",
                   "--prompts", "3", "--group", "3", "--max_turn_tokens", "9") for n in (1, 2)]
-    for (one, two), names in ((sft, ["loss", "grad_norm"]), (rl, ["loss", "kl", "entropy", "num_tokens"])):
-        for a, b in zip(one, two, strict=True):
+    for (one, *others), names in ((sft, ["loss", "grad_norm"]), (rl, ["loss", "kl", "entropy", "num_tokens"])):
+        for a, b in [pair for two in others for pair in zip(one, two, strict=True)]:
             assert all(abs(a[name] - b[name]) <= 1e-5 * max(1, abs(a[name])) for name in names)
