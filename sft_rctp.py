@@ -359,7 +359,7 @@ def matmul_rate(dtype: torch.dtype, device, times: int = 1) -> float:
     """Operations a second of large matrix products on this machine: what MFU is a share of."""
     n, seconds = 2048 * times if device.type == "cpu" else 8192, []
     a = torch.randn(n, n, device=device).to(dtype)
-    for _ in range(5):
+    for _ in range(3):
         start = time.perf_counter()
         (a @ a)[0, 0].item()
         seconds.append(time.perf_counter() - start)
