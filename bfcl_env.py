@@ -877,6 +877,38 @@ class BfclEnv:
         return dataclasses.replace(verdict, **none) if self.merged else verdict
 
 
+# ---- Transcripts for people --------------------------------------------------------------------------------
+
+def paint(text: str, code: str, colour: bool | None = None) -> str:
+    """ANSI colour on a terminal (colour None), always or never."""
+    return f"\033[{code}m{text}\033[0m" if (sys.stdout.isatty() if colour is None else colour) else text
+
+
+def piece(ids: list[int], sampled: bool, tokenizer, colour: bool | None = None) -> str:
+    """Part of a conversation as text: sampled bright, forced dim, and a long opening folded."""
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    if not sampled and len(text) > 1200:
+        text = f"{text[:120]} [... {len(ids)} tokens ...] {text[-400:]}"
+    return paint(text, "1;36" if sampled else "2", colour)
+
+
+def ending(t, colour: bool | None = None) -> str:
+    """One line on how it went."""
+    line = (f"{t.task} | token {t.reward_token or 'none'} | {t.reason} | {t.steps} messages, {t.calls} calls "
+            f"| reward {t.reward:g} | {t.verdict}")
+    return paint(line, "1;32" if t.reward else "1;31", colour)
+
+
+def show(t, tokenizer, colour: bool | None = None) -> str:
+    """The transcript of a `rollout.Trajectory`."""
+    parts, i = [], 0
+    while i < len(t.ids):
+        j = next((j for j in range(i, len(t.ids)) if t.mask[j] != t.mask[i]), len(t.ids))
+        parts.append(piece(t.ids[i:j], bool(t.mask[i]), tokenizer, colour))
+        i = j
+    return "".join(parts).rstrip("\n") + "\n" + ending(t, colour)
+
+
 # ---- Flags of all scripts ----------------------------------------------------------------------------------
 
 def number(kind: type, low: float, high: float = float("inf")):

@@ -1,170 +1,600 @@
-"""Evaluation: how often a checkpoint succeeds, by reward token.
+"""Evaluation: how often a checkpoint succeeds, by reward token, in figures that others can check.
 
-    python eval_bfcl.py --ckpt runs/rl_rcgrpo/model                              # the test part of the split
-    python eval_bfcl.py --ckpt smollm2-135m-instruct runs/sft_rctp/model --reward_tokens high,low --samples 4
+    python eval_bfcl.py --ckpt runs/rl_rcgrpo/model                       # test part of the split, high token
+    python eval_bfcl.py --ckpt DIR --part all --docs full --temperature 0 --official_out results
+    python eval_bfcl.py --score results/Qwen_Qwen3-0.6B-FC                # official result files, no model
+    python eval_bfcl.py --compare runs/eval_a runs/eval_b                 # --out folders of evaluations
+    python eval_bfcl.py --show multi_turn_base_3 --out runs/eval          # a transcript beside the gold calls
 
-    1. for each checkpoint and reward token, roll out every task --samples times
-    2. success = mean reward, with a 95 % interval bootstrapped over families (variants of an id are related)
-    3. a table, the trajectories under --out, and as last line one JSON object with all figures
+    1. load a checkpoint and hash its weights; --out must be new or hold this very evaluation, interrupted
+    2. for each reward token roll out every task --samples times; what has ended is on disk at once
+    3. accuracy = mean reward; 95 % interval bootstrapped over families (the variants of an id are related)
+    4. official result files, judged again from their text
+    5. tables, eval.json, and as last line one JSON object
+
+Under torchrun the ranks share the tasks. Only `evaluate` imports torch: the other modes start in a second.
+--out holds identity.json (what is evaluated, and how), eval.json, and of checkpoint n: n.tokenizer.json and
+n_TOKEN.rankR.jsonl, the trajectories of each rank, appended as they end.
 """
 import argparse
+import contextlib
+import hashlib
+import itertools
 import json
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
 
 import bfcl_env
-from bfcl_env import BfclEnv, BfclError, number
+from bfcl_env import BfclEnv, BfclError, CallSyntaxError, Episode, judge, number, parse_calls
+
+FREE = ("out", "score", "compare", "show", "official_out", "kv_gb")  # flags that change no result
+ALIKE = ("data_sha256", "split", "part", "categories", "tasks", "limit", "docs", "protocol", "reward",
+         "temperature", "max_turn_tokens", "max_total_tokens", "max_len")  # of evaluations to be compared
+PRIMARY = (("RCTP-FT + RC-GRPO", "high"), ("RCTP-FT + GRPO (high token)", "high"))  # arm, evaluated with
+OFFICIAL = {"json": "Qwen/Qwen3-0.6B-FC", "python": "Qwen/Qwen3-0.6B"}  # models with these decoders
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Success of checkpoints by reward token.")
+    """(mode, flags, tasks), checked."""
+    parser = argparse.ArgumentParser(description="Accuracy by reward token, scores of official result files, "
+                                     "comparison of evaluations, transcripts.")
     add = parser.add_argument
-    add("--ckpt", nargs="+", required=True, help="model directories, hub ids, or smollm2-135m-instruct")
+    add("--ckpt", nargs="+", default=[], help="model directories, hub ids, or smollm2-135m-instruct")
+    add("--score", metavar="DIR",
+        help="judge the official result files in this model's folder; -FC in its name: calls are JSON")
+    add("--compare", nargs="+", metavar="RUN",
+        help="--out folders of evaluations, one or several per arm: other weights of an arm are its seeds")
+    add("--show", metavar="ID", help="print a transcript from --out, of its last checkpoint or of --ckpt, "
+        "with --reward_tokens; ID:2 is the third sample")
     add("--reward_tokens", default="high", help="comma list of high, low, none (default: %(default)s)")
     add("--samples", type=number(int, 1), default=1, help="rollouts a task and token (default: %(default)s)")
-    add("--out", default="runs/eval", help="folder for the trajectories (default: %(default)s)")
+    add("--out", help="folder of the evaluation; an interrupted one is continued (default: runs/eval; with "
+        "--compare runs/compare)")
+    add("--official_out", metavar="DIR", help="write result files for the official evaluator below DIR")
     add("--dtype", default="auto", choices=("auto", "bf16", "fp32"),
         help="of the model (default: %(default)s)")
     add("--seed", type=number(int, 0), default=0, help="of the sampling (default: %(default)s)")
     bfcl_env.add_sampling_flags(parser)
     bfcl_env.add_world_flags(parser, part="test")
     args = parser.parse_args()
+    if args.score:
+        parser.set_defaults(part="all")  # for whoever gave no --part
+        args = parser.parse_args()
+    args.out = args.out or ("runs/compare" if args.compare else "runs/eval")
+    args.reward_tokens = args.reward_tokens.split(",")
+    modes = [name for name in ("ckpt", "score", "compare", "show") if getattr(args, name)]
     try:
-        args.reward_tokens = args.reward_tokens.split(",")
-        for token in args.reward_tokens:
-            if token not in ("high", "low", "none"):
-                raise BfclError(f"unknown reward token {token!r} in --reward_tokens: give a comma list of "
-                                "high, low, none")
-        for ckpt in args.ckpt:
-            bfcl_env.check_model(ckpt)
-        bfcl_env.select_tasks(args)
+        if len(modes) != 1 and modes != ["ckpt", "show"]:
+            raise BfclError("give one of --ckpt DIR, --score DIR, --compare RUN RUN, --show ID; given: "
+                            f"{', '.join(modes) or 'none of them'}")
+        if unknown := set(args.reward_tokens) - {"high", "low", "none"}:
+            raise BfclError(f"unknown reward token {min(unknown)!r} in --reward_tokens: give a comma list of "
+                            "high, low, none")
+        if (args.official_out or args.score) and (args.protocol, args.reward) != ("official", "official"):
+            raise BfclError("official result files have only --protocol official and --reward official")
+        if args.official_out and not len(args.ckpt) == len(args.reward_tokens) == args.samples == 1:
+            raise BfclError("official result files hold one answer a task: give --official_out with one "
+                            "--ckpt, one of --reward_tokens, and --samples 1")
+        if args.show:
+            args.tasks, _, sample = args.show.partition(":")
+            args.sample = int(sample) if sample.isdecimal() else 0
+        tasks = bfcl_env.select_tasks(args)
+        if modes == ["ckpt"]:
+            for ckpt in args.ckpt:
+                bfcl_env.check_model(ckpt)
+            check_identity(args)
     except BfclError as error:
         sys.exit(f"error: {error}")
-    return args
+    return modes[-1], args, tasks
 
 
-# Flags are parsed before torch is imported, so that a mistake is told within seconds.
-ARGS = parse_args() if __name__ == "__main__" else None
+# --------------------------------------------------------------------------------------------------
+# The evaluation's folder.
 
-import numpy as np
-
-from rollout import load_policy, rollout, sampling, score, split_fitting
-from sft_rctp import compute_dtype, peak_memory_gb, start_world, write_json
-
-STAGES = {None: "base model", "rctp": "after RCTP-FT", "rcgrpo": "after RC-GRPO"}
-
-
-def interval(values, families, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean of `values`, resampling whole families (one label per value) 2,000 times."""
-    labels = sorted(set(families))
-    sums, counts = np.zeros(len(labels)), np.zeros(len(labels))  # [families]
-    for value, family in zip(values, families):
-        sums[labels.index(family)] += value
-        counts[labels.index(family)] += 1
-    draws = np.random.default_rng(seed).integers(len(labels), size=(2000, len(labels)))  # [2000, families]
-    low, high = np.quantile(sums[draws].sum(1) / counts[draws].sum(1), [0.025, 0.975])
-    return float(low), float(high)
+def write(path: Path, text: str) -> None:
+    """Written beside and renamed: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
-def summarise(trajectories, tasks, family_of) -> dict:
-    """Figures of one checkpoint and token: {"success", "n", "interval", "reasons",
-    "categories": {name: {"success", "n"}}}."""
-    by_id = {task.id: task for task in tasks}
-    categories = {}
-    for t in trajectories:
-        categories.setdefault(by_id[t.task].category, []).append(t)
-    whole, parts = score(trajectories), {c: score(some) for c, some in categories.items()}
-    return {"success": whole["reward"], "n": whole["n"],
-            "interval": interval([t.reward for t in trajectories],
-                                 [family_of[by_id[t.task].index] for t in trajectories]),
-            "reasons": whole["reasons"],
-            "categories": {c: {"success": part["reward"], "n": part["n"]} for c, part in parts.items()}}
+def load(folder, name: str) -> dict:
+    try:
+        return json.loads((Path(folder) / name).read_text())
+    except (OSError, ValueError):
+        kind = "finished evaluation" if name == "eval.json" else "evaluation"
+        raise BfclError(f"{folder} holds no {kind} ({name}): give the --out folder of one") from None
 
 
-def main(args):
-    began = time.monotonic()
-    world = start_world()
-    if world.size > 1:
-        raise BfclError("evaluation runs in one process so far: type python eval_bfcl.py, without torchrun")
-    tasks = bfcl_env.select_tasks(args)
-    family_of = {i: n for n, group in enumerate(bfcl_env.families(bfcl_env.load_tasks())) for i in group}
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    table, trained_on = [], set()
-    for ckpt in args.ckpt:
+def differences(old: dict, new: dict, names) -> str:
+    return "; ".join(f"{k}: {old.get(k)!r} and {new.get(k)!r}" for k in names if old.get(k) != new.get(k))
+
+
+def check_identity(args) -> dict:
+    """What the flags ask for, or the same from --out. Errors: BfclError if --out holds another evaluation."""
+    asked = {k: v for k, v in vars(args).items() if k not in FREE}
+    asked |= {"data_sha256": bfcl_env.data_sha256(), "models": []}  # filled when their weights are known
+    if not (Path(args.out) / "identity.json").exists():
+        return asked
+    found = load(args.out, "identity.json")
+    if apart := differences(found, asked, sorted({*found, *asked} - {"models"})):
+        raise BfclError(f"{args.out} holds another evaluation ({apart}): give a new --out, or remove it")
+    return found
+
+
+def finished(out: Path, stem: str) -> dict:
+    """The trajectories of a checkpoint and token by (task, sample). A line that was cut is dropped."""
+    found = {}
+    for path in out.glob(f"{stem}.rank*.jsonl"):
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                t = SimpleNamespace(**json.loads(line))
+                found[t.task, t.sample] = t
+    return dict(sorted(found.items()))
+
+
+# --------------------------------------------------------------------------------------------------
+# What the model said and the calls in it. A `result` is [turn][step], as in official result files.
+
+def calls_in(step, style: str) -> list[str]:
+    """The calls of a step; none where the official decoders find none or raise. A list is the answer of a
+    vendor's function-calling API, [{name: arguments}]."""
+    try:
+        if isinstance(step, list):
+            return [str(bfcl_env._json_call(*item)) for call in step for item in call.items()]
+        return [str(call) for call in parse_calls(step, style)]
+    except (CallSyntaxError, AttributeError, TypeError, ValueError):
+        return []
+
+
+def turns_of(result: list, style: str) -> list[list[list[str]]]:
+    """[turn][step][call], for `judge`. Steps without calls do not count."""
+    return [[calls for step in turn if (calls := calls_in(step, style))] for turn in result]
+
+
+def result_of(t, task, tokenizer, style: str) -> list[list[str]]:
+    """The messages of a trajectory by turn. One that hit a cap was never executed and is not among them."""
+    edges = [i for i in range(1, len(t.ids)) if t.mask[i] != t.mask[i - 1]] + [len(t.ids)]
+    turns = [[]]
+    for start, end in list(zip(edges[::2], edges[1::2]))[:t.steps]:
+        text = tokenizer.decode(t.ids[start:end - 1], clean_up_tokenization_spaces=False)
+        turns[-1].append(text.split("</think>")[-1].lstrip("\n"))
+        if not calls_in(turns[-1][-1], style) and len(turns) < len(task.turns):
+            turns.append([])
+    return turns
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures. A record is one judged rollout: task, verdict, reward, calls, tokens, reason.
+
+def mean(values):
+    values = [v for v in values if v is not None]
+    return sum(values) / len(values) if values else None
+
+
+def by_task(records) -> dict:
+    """{task id: mean over its samples}"""
+    values = {}
+    for r in records:
+        values.setdefault(r.task.id, []).append(r.reward)
+    return {task: mean(some) for task, some in values.items()}
+
+
+def families_of(tasks) -> list[int]:
+    """The family of each task id."""
+    family = {i: group[0] for group in bfcl_env.families(bfcl_env.load_tasks()) for i in group}
+    return [family[int(task.rpartition("_")[2])] for task in tasks]
+
+
+def bootstrap(arms: list[list[dict]], draws: int = 2000, seed: int = 0):
+    """The arms' means in each draw, [arms, draws]. arms[a][s] is `by_task` of seed s, of the same tasks.
+
+    A draw takes families once for all arms, which pairs them, then seeds for each arm on its own."""
+    rng, tasks, out = np.random.default_rng(seed), list(arms[0][0]), []
+    _, member = np.unique(families_of(tasks), return_inverse=True)
+    count = np.bincount(member)  # [families] tasks
+    drawn = rng.multinomial(len(count), np.full(len(count), 1 / len(count)), draws)  # [draws, families]
+    for runs in arms:
+        sums = [np.bincount(member, [run[task] for task in tasks]) for run in runs]  # [seeds, families]
+        means = drawn @ np.transpose(sums) / (drawn @ count)[:, None]  # [draws, seeds]
+        seeds = rng.integers(len(runs), size=means.shape)
+        out.append(np.take_along_axis(means, seeds, 1).mean(1))
+    return np.stack(out)
+
+
+def interval(draws, tasks=()) -> list[float]:
+    """95 %, of one arm over these tasks, or of a difference (no tasks)."""
+    low, high = np.quantile(draws, [0.025, 0.975]).tolist()
+    if tasks and low == high and low in (0, 1):  # nothing varies: the exact binomial interval over families
+        bound = 0.025 ** (1 / len(set(families_of(tasks))))
+        low, high = (0.0, 1 - bound) if low == 0 else (bound, 1.0)
+    return [low, high]
+
+
+def figures(records) -> dict:
+    def count(names):
+        return dict(Counter(names).most_common())
+    wrong = [r.verdict["error_type"] or "reward below 1" for r in records if r.reward < 1]
+    values = by_task(records)
+    return {"accuracy": mean([r.reward for r in records]), "n": len(records),
+            "interval": interval(bootstrap([[values]]), values),
+            "errors": count(name.split(":")[-1] for name in wrong),
+            "reasons": count(r.reason for r in records if r.reason),
+            "calls": mean([r.calls for r in records]), "tokens": mean([r.tokens for r in records]),
+            "timed_out": sum(r.verdict.get("timed_out", False) for r in records)}
+
+
+def summarise(records, title: str) -> dict:
+    """{"overall": figures, "categories": {name: figures}}, printed as a table too."""
+    parts = {c: [r for r in records if r.task.category == c] for c in bfcl_env.CATEGORIES}
+    categories, overall = {c: figures(some) for c, some in parts.items() if some}, figures(records)
+    print(f"\n{title}")
+    print_columns(["category", "accuracy %", "n", "calls", "tokens", "errors"],
+                  [[name, percent(f), f["n"], *("-" if f[k] is None else f"{f[k]:.1f}" for k in
+                    ("calls", "tokens")), listed(f["errors"])]
+                   for name, f in {**categories, "overall": overall}.items()])
+    print("ended by: " + listed(overall["reasons"]) if overall["reasons"] else "")
+    return {"overall": overall, "categories": categories}
+
+
+def listed(counts: dict) -> str:
+    return ", ".join(f"{name} {n}" for name, n in counts.items())
+
+
+def percent(f: dict, key: str = "accuracy") -> str:
+    return f"{100 * f[key]:5.1f} [{100 * f['interval'][0]:.0f}, {100 * f['interval'][1]:.0f}]"
+
+
+def print_columns(head: list, lines: list) -> None:
+    rows = [[str(cell) for cell in line] for line in [head, *lines]]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for line in [rows[0], ["-" * width for width in widths], *rows[1:]]:
+        print(" | ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
+
+
+# --------------------------------------------------------------------------------------------------
+# --score: official result files of any model.
+
+def read_results(folder: str) -> tuple[dict, int]:
+    """{task id: row} and the number of lines that cannot be read; each of those is named."""
+    files = sorted(Path(folder).rglob("BFCL_v4_multi_turn_*_result.json"))
+    if not files or len({path.name for path in files}) < len(files):
+        raise BfclError(f"{folder} holds {'several models' if files else 'no multi-turn result files'}: give "
+                        "one model's folder, with files like multi_turn/BFCL_v4_multi_turn_base_result.json")
+    rows, bad, known = {}, 0, {task.id for task in bfcl_env.load_tasks()}
+    for path in files:
+        for n, line in enumerate(path.read_bytes().splitlines(), 1):
+            try:
+                row = json.loads(line)
+                name, result = row["id"], row["result"]
+                if name not in known or path.name != f"BFCL_v4_{name.rpartition('_')[0]}_result.json":
+                    raise ValueError(f"{name!r} does not belong here")
+                if name in rows:
+                    raise ValueError(f"a second line of {name}")
+                if isinstance(result, list) and not all(isinstance(turn, list) for turn in result):
+                    raise ValueError("a turn is not a list of steps")
+                tokens = row.get("output_token_count", [])
+                rows[name] = {"result": result, "tokens": sum(map(sum, tokens)) or None}
+            except (ValueError, KeyError, TypeError) as error:
+                bad += 1
+                print(f"{path}:{n}: left out: {type(error).__name__}: {error}", file=sys.stderr)
+    return rows, bad
+
+
+def score(args, tasks) -> None:
+    name = Path(args.score).resolve().name
+    style = args.style if args.style != "auto" else "json" if "-FC" in name else "python"
+    (rows, bad), records = read_results(args.score), []
+    for task in tasks:
+        if row := rows.get(task.id):
+            turns, verdict = [], {"valid": False, "error_type": "multi_turn:inference_error"}
+            if isinstance(row["result"], list):  # else it is the handler's report of an exception
+                turns = turns_of(row["result"], style)
+                verdict = vars(judge(task, turns))
+            records.append(SimpleNamespace(
+                task=task, verdict=verdict, reward=float(verdict["valid"]), reason=None, tokens=row["tokens"],
+                calls=sum(map(len, sum(turns, [])))))
+    if not records:
+        raise BfclError(f"{args.score} holds no line of the {len(tasks)} tasks asked for: try --part all")
+    summary = summarise(records, f"{name}: official verdicts, calls read as {style}")
+    missing = len(tasks) - len(records)
+    print(f"{missing} of {len(tasks)} tasks have no result and do not count; {bad} lines cannot be read")
+    if not summary["overall"]["calls"]:
+        print(f"warning: nothing could be read as {style} calls: try the other --style; if there is nothing "
+              "either, this model's official handler has a decoder of its own", file=sys.stderr)
+    print(json.dumps({**summary, "reward": "official", "model": name, "style": style, "missing": missing,
+                      "malformed": bad}))
+
+
+def write_official(folder: Path, style: str, rows: dict) -> None:
+    """rows: {category: [result lines]}, in the folder of an official model with this decoder."""
+    for category, lines in rows.items():
+        path = folder / OFFICIAL[style].replace("/", "_") / f"multi_turn/BFCL_v4_{category}_result.json"
+        write(path, "".join(json.dumps(line) + "\n" for line in lines))
+    partial = " --partial-eval" * any(len(lines) < 200 for lines in rows.values())
+    print(f"official result files: {folder}\n  bfcl evaluate --model {OFFICIAL[style]} --test-category "
+          f"{','.join(rows)} --result-dir {folder.resolve()}{partial}")
+
+
+# --------------------------------------------------------------------------------------------------
+# --show: one transcript.
+
+def show(args, tasks) -> None:
+    from tokenizers import Tokenizer
+    [task], out, identity = tasks, Path(args.out), load(args.out, "identity.json")
+    models = [(n, m) for n, m in enumerate(identity["models"]) if not args.ckpt or m["ckpt"] in args.ckpt]
+    n, model = models[-1] if models else (None, {})
+    token = min(identity["reward_tokens"], key=lambda token: token not in args.reward_tokens)
+    t = finished(out, f"{n}_{token}").get((task.id, args.sample))
+    if not t:
+        raise BfclError(f"{out} has no sample {args.sample} of {task.id}, {token} token, "
+                        f"{model.get('ckpt')}: not among its tasks, too long, or not done yet")
+    backend = Tokenizer.from_file(str(out / f"{n}.tokenizer.json"))
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: backend.decode(ids, skip_special_tokens=False))
+    print(f"{model['ckpt']}\n{bfcl_env.show(t, tokenizer)}\n")
+    made = [sum(turn, []) for turn in turns_of(result_of(t, task, tokenizer, model["style"]), model["style"])]
+    gold, episode, lines = task.gold, Episode(task), []
+    if identity["protocol"] == "paper":  # one turn
+        made, gold = [sum(made, [])], [sum(gold, [])]
+    for turn, (wanted, calls) in enumerate(itertools.zip_longest(gold, made, fillvalue=[])):
+        for want, call in itertools.zip_longest(wanted, calls, fillvalue=""):
+            same = want == call or None is not episode.bound(want) == episode.bound(call)
+            first = not same and not any(line[0] for line in lines)
+            lines.append([">>>" * first, turn, want, call])
+    print_columns(["", "turn", "gold calls", "the model's calls (>>> the first difference)"], lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# --compare: arms side by side.
+
+def arm_of(contract: dict) -> str | None:
+    """Stage 1, and stage 2 by the tokens of its rollouts; None for a model that is not from here."""
+    if "stage" not in contract:
+        return None
+    first = {"sft": "SFT", "mixed": "mixed-data SFT"}.get(contract.get("arm"), "RCTP-FT")
+    token = contract.get("reward_tokens", "mixed")
+    second = "RC-GRPO" if token == "mixed" else f"GRPO ({token.replace('none', 'no')} token)"
+    return first if contract["stage"] == "rctp" else f"{first} + {second}"
+
+
+def compare(args, _) -> None:
+    runs = [load(folder, "eval.json") for folder in args.compare]
+    several = len({row["model"] for run in runs for row in run["table"]}) > 1
+    same, arms, tasks = runs[0]["identity"], {}, None
+    for folder, run in zip(args.compare, runs):
+        apart = differences(same, run["identity"], ALIKE)
+        for row, token in itertools.product(run["table"], run["identity"]["reward_tokens"]):
+            correct = row[token]["correct"]
+            name = row["arm"] + f" of {row['model']}" * (several and row["stage"] is not None)
+            seeds = arms.setdefault((name, token), {})  # by their weights: the same ones are no new seed
+            seeds.setdefault(row["sha256"], {**row, "arm": name, "correct": correct})
+            tasks = tasks or set(correct)
+            if set(correct) != tasks:
+                apart = apart or f"tasks that fit: {len(tasks)} and {len(correct)}, not the same"
+        if apart:
+            raise BfclError(f"{args.compare[0]} and {folder} cannot be compared ({apart}): evaluate both "
+                            "with the same flags")
+    arms = {key: list(arms[key].values()) for key in sorted(arms, key=lambda key: key != PRIMARY[0])}
+    draws = bootstrap([[row["correct"] for row in seeds] for seeds in arms.values()])  # [arms, draws]
+    table = [{"arm": arm, "token": token, "seeds": len(seeds), "interval": interval(draws[i], tasks),
+              "accuracy": mean([mean(row["correct"].values()) for row in seeds]),
+              "rollouts": sorted({row["contract"].get("rollouts", 0) for row in seeds})}
+             for i, ((arm, token), seeds) in enumerate(arms.items())]
+    pairs, keys = [], list(arms)
+    for a, b in itertools.combinations(range(len(keys)), 2):
+        primary = (keys[a], keys[b]) == PRIMARY and table[a]["rollouts"] == table[b]["rollouts"]
+        if a == 0 or set(keys[a]) & set(keys[b]):  # others differ in one thing, the arm or the token
+            gap = draws[a] - draws[b]
+            pairs.append({"kind": "primary" if primary else "exploratory", "a": keys[a], "b": keys[b],
+                          "difference": table[a]["accuracy"] - table[b]["accuracy"],
+                          "interval": interval(gap),
+                          # found in 80 % of such experiments by a test at 5 %: 1.96 + 0.84 standard errors
+                          "detectable": 2.8 * float(gap.std()) or None})
+    pairs.sort(key=lambda pair: pair["kind"] != "primary")
+    part = "chosen by --tasks" if same["tasks"] else f"of part {same['part']} ({same['split']} split)"
+    title = (f"{len(tasks)} tasks {part}, docs {same['docs']}, protocol {same['protocol']}, reward "
+             f"{same['reward']}")
+    print(title)
+    print_columns(["arm", "evaluated with", "accuracy %", "seeds", "rollouts"],
+                  [[r["arm"], r["token"], percent(r), r["seeds"],
+                    ", ".join(map(str, r["rollouts"]))] for r in table])
+    print("\npaired differences over the same tasks, in points")
+    print_columns(["kind", "difference", "smallest detectable", "of", "minus"],
+                  [[p["kind"], percent(p, "difference"), f"{100 * (p['detectable'] or np.nan):.1f}",
+                    ", ".join(p["a"]), ", ".join(p["b"])] for p in pairs])
+    if not pairs or pairs[0]["kind"] != "primary":
+        print(f"The primary comparison is not among them: {', '.join(PRIMARY[0])} minus "
+              f"{', '.join(PRIMARY[1])}, after the same number of rollouts.")
+    draw(Path(args.out) / "compare.png", table, sum(arms.values(), []), title)
+    result = {"table": table, "pairs": pairs, **{name: same[name] for name in ALIKE}}
+    write(Path(args.out) / "compare.json", json.dumps(result, indent=1) + "\n")
+    print(f"wrote {args.out}/compare.png and compare.json\n{json.dumps(result)}")
+
+
+def draw(path: Path, table: list[dict], rows: list[dict], title: str) -> None:
+    """The accuracies with their intervals, and the curves of the runs that trained these checkpoints."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    arms = {row["ckpt"]: row["arm"] for row in rows}
+    logs = {ckpt: Path(ckpt).parent / "metrics.jsonl" for ckpt in arms}
+    logs = {ckpt: [json.loads(line) for line in log.read_text().splitlines()]
+            for ckpt, log in logs.items() if log.is_file()}
+    logged = {name for log in logs.values() for line in log for name in line}
+    panels = [name for name in ("reward", "rc/reward_high") if name in logged]
+    figure, axes = plt.subplots(1, 1 + len(panels), squeeze=False, layout="constrained",
+                                figsize=(6 + 3.5 * len(panels), 1.5 + 0.4 * max(5, len(table))))
+    colour = {arm: f"C{i}" for i, arm in enumerate(dict.fromkeys(arms.values()))}
+    for y, r in enumerate(table):
+        axes[0, 0].barh(y, 100 * r["accuracy"], color=colour[r["arm"]], alpha=0.6)
+        axes[0, 0].plot([100 * end for end in r["interval"]], [y, y], color="black")
+    axes[0, 0].set(yticks=range(len(table)), yticklabels=[f"{r['arm']}, {r['token']}" for r in table],
+                   xlim=(0, 100), xlabel="accuracy, % (95 % interval)")
+    axes[0, 0].invert_yaxis()
+    for axis, name in zip(axes[0, 1:], panels):
+        for ckpt, log in logs.items():
+            if points := [(line["step"], line[name]) for line in log if line.get(name) is not None]:
+                axis.plot(*zip(*points), color=colour[arms[ckpt]])
+        axis.set(title=f"{name}, in the colours of the arms", xlabel="step")
+    figure.suptitle(title, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path.with_suffix(".partial"), dpi=110, format="png")
+    path.with_suffix(".partial").replace(path)
+
+
+# --------------------------------------------------------------------------------------------------
+
+def evaluate(args, tasks) -> None:
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+    from tqdm import tqdm
+
+    from rollout import load_policy, rollout, sampling, split_fitting
+    from sft_rctp import compute_dtype, peak_memory_gb, start_world
+
+    began, world, out = time.monotonic(), start_world(), Path(args.out)
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))  # ranks end at different times
+    identity, by_id, table, trained_on = check_identity(args), {task.id: task for task in tasks}, [], set()
+
+    def warn(text):
+        if world.main:
+            print(f"warning: {text}", file=sys.stderr)
+
+    for n, ckpt in enumerate(args.ckpt):
+        # step 1: the weights
         start = time.monotonic()
+        torch.manual_seed(0)  # `tiny` is drawn, on all ranks alike
         policy = load_policy(ckpt, dtype=compute_dtype(args.dtype, world.device), device=str(world.device))
+        contract, style = policy.contract, policy.style(args.style)
+        digest = hashlib.sha256()
+        for name, p in policy.model.named_parameters():
+            digest.update(name.encode())
+            digest.update(p.detach().flatten().view(torch.uint8).cpu().numpy())
+        model = {"ckpt": ckpt, "sha256": digest.hexdigest(), "style": style}
+        if n < len(identity["models"]) and identity["models"][n] != model:
+            raise BfclError(f"{out} holds an evaluation of other weights than {ckpt} has now "
+                            f"({identity['models'][n]} and {model}): give a new --out, or remove it")
+        identity["models"][n:n + 1] = [model]
+        dist.barrier(group=patient)  # every rank has read what --out held
+        if world.main:
+            write(out / "identity.json", json.dumps(identity, indent=1) + "\n")
+            write(out / f"{n}.tokenizer.json", policy.tokenizer.backend_tokenizer.to_str())
         for name in ("docs", "protocol"):
-            if policy.contract.get(name, getattr(args, name)) != getattr(args, name):
-                print(f"warning: {ckpt} was trained with --{name} {policy.contract[name]}, evaluated with "
-                      f"{getattr(args, name)}", file=sys.stderr)
-        trained_on |= set(policy.contract.get("tasks", ()))
-        label = STAGES.get(policy.contract.get("stage"), ckpt)
-        if label in [row["label"] for row in table]:
-            label = ckpt
-        style = policy.style(args.style)
+            if contract.get(name, getattr(args, name)) != getattr(args, name):
+                warn(f"{ckpt} was trained with --{name} {contract[name]}, evaluated with "
+                     f"{getattr(args, name)}")
+        for row in table:
+            if row["sha256"] == model["sha256"]:
+                warn(f"{ckpt} and {row['ckpt']} hold the same weights")
+        trained_on |= set(contract.get("tasks", ()))
+        arm = arm_of(contract)
+        label = f"after {arm.removeprefix('RCTP-FT + ')}" if arm else "base model"
+        label = ckpt if label in [row["label"] for row in table] else label
         fitting, left_out = split_fitting(
             policy, tasks, lambda task: BfclEnv(task, args.docs, style, args.protocol), args.max_len)
-        print(f"{label}: {ckpt} | style {style} | all that fit: {len(fitting)} of {len(tasks)} tasks")
-        row = {"ckpt": ckpt, "stage": policy.contract.get("stage"), "label": label,
-               "model": policy.contract.get("base_model", ckpt), "tasks_left_out": left_out}
+        if world.main:
+            print(f"{label}: {ckpt} | weights sha256 {model['sha256'][:12]} | style {style} | all that fit: "
+                  f"{len(fitting)} of {len(tasks)} tasks")
+        row = {"label": label, "arm": arm or ckpt, **model, "stage": contract.get("stage"),
+               "model": contract.get("base_model", ckpt), "tasks_left_out": left_out,
+               "contract": {k: v for k, v in contract.items() if k != "tasks"}}
 
-        # step 1: rollouts
         for token in args.reward_tokens:
-            envs = [BfclEnv(task, args.docs, style, args.protocol)
-                    for task in fitting for _ in range(args.samples)]
-            trajectories = rollout(policy, envs, [None if token == "none" else token] * len(envs),
-                                   [(args.seed, 0, i, j)
-                                    for i in range(len(fitting)) for j in range(args.samples)],
-                                   progress=f"{label}, {token}", **sampling(args))
-            # step 2: success
-            row[token] = summarise(trajectories, tasks, family_of)
-            name = f"{len(table)}_{token}.jsonl"
-            (out / name).write_text("".join(t.to_json() + "\n" for t in trajectories))
+            # step 2: rollouts; (seed, 0, task, sample) fixes the random numbers of each
+            if token not in contract.get("tokens", [token]):
+                warn(f"stage 1 of {ckpt} never saw the {token} token (only {', '.join(contract['tokens'])}): "
+                     "what it does with that token was not learned")
+            stem, fits = f"{n}_{token}", {task.id for task in fitting}
+            old = finished(out, stem)
+            todo = [(i, task, j) for i, task in enumerate(tasks) for j in range(args.samples)
+                    if task.id in fits and (task.id, j) not in old]
+            mine, scores = todo[world.rank::world.size], [t.reward for t in old.values()]
+            dist.barrier(group=patient)  # every rank has read the same before any goes on
+            bar = tqdm(total=len(old) + len(mine), initial=len(old), desc=f"{label}, {token}", unit="rollout",
+                       disable=not world.main, dynamic_ncols=True)
+            with (out / f"{stem}.rank{world.rank}.jsonl").open("a") as file:
+                print(file=file)  # ends a line that was cut
+                def done(index, t):
+                    t.sample = mine[index][2]
+                    print(t.to_json(), file=file, flush=True)
+                    scores.append(t.reward)
+                    bar.set_postfix_str(f"accuracy {100 * mean(scores):.1f} %", refresh=False)
+                    bar.update()
+                rollout(policy, [BfclEnv(task, args.docs, style, args.protocol) for _, task, _ in mine],
+                        [None if token == "none" else token] * len(mine),
+                        [(args.seed, 0, i, j) for i, _, j in mine], done=done, **sampling(args))
+            bar.close()
+            dist.barrier(group=patient)
+            if not world.main:
+                continue
+
+            # step 3: accuracy
+            records, official = [], {}
+            for t in finished(out, stem).values():
+                task = by_id[t.task]
+                records.append(SimpleNamespace(task=task, verdict=t.verdict, reward=t.reward, calls=t.calls,
+                                               tokens=sum(t.mask), reason=t.reason))
+                # step 4: official files
+                if args.official_out:
+                    result = result_of(t, task, policy.tokenizer, style)
+                    official.setdefault(task.category, []).append({"id": task.id, "result": result})
+                    if judge(task, turns_of(result, style)).valid != t.verdict["valid"]:
+                        warn(f"{task.id} is judged otherwise from its text than it was live")
+            row[token] = summarise(records, f"{label}, {token} token")
+            row[token]["correct"] = by_task(records)
+            if args.official_out:
+                write_official(Path(args.official_out), style, official)
         row["eval_seconds"] = time.monotonic() - start
         summary = Path(ckpt).parent / "summary.json"  # what the run that wrote this checkpoint took
         row["run"] = json.loads(summary.read_text()) if summary.is_file() else {}
         table.append(row)
         del policy  # before the next one is loaded
+    dist.destroy_process_group()
+    if not world.main:
+        return
 
-    # step 3: the table
-    def cell(figures):
-        low, high = figures["interval"]
-        return f"{100 * figures['success']:5.1f} [{100 * low:.0f}, {100 * high:.0f}]"
-    head = (["checkpoint"] + [f"success, {token} token" for token in args.reward_tokens]
-            + ["n", "train min", "eval min"])
-    lines = [[row["label"]] + [cell(row[token]) for token in args.reward_tokens]
-             + [str(row[args.reward_tokens[0]]["n"]),
-                f"{row['run']['seconds'] / 60:.1f}" if row["run"] else "-",
-                f"{row['eval_seconds'] / 60:.1f}"] for row in table]
-    widths = [max(map(len, column)) for column in zip(head, *lines)]
+    # step 5: the table
+    first = args.reward_tokens[0]
     print()
-    for line in [head, ["-" * width for width in widths], *lines]:
-        print(" | ".join(text.ljust(width) for text, width in zip(line, widths)))
-    seen = sum(task.id in trained_on for task in tasks)
+    print_columns(["checkpoint", *(f"accuracy, {token} token" for token in args.reward_tokens), "n",
+                   "train min", "eval min"],
+                  [[row["label"], *(percent(row[token]["overall"]) for token in args.reward_tokens),
+                    row[first]["overall"]["n"], f"{row['run']['seconds'] / 60:.1f}" if row["run"] else "-",
+                    f"{row['eval_seconds'] / 60:.1f}"] for row in table])
     names = {"smollm2-135m-instruct": "SmolLM2-135M-Instruct (135M, from Q4_1)"}
     print("\nModel: " + ", ".join(sorted({names.get(row["model"], row["model"]) for row in table})) + ".")
-    print(f"{len(tasks)} tasks x {args.samples} rollouts a token at temperature {args.temperature}; "
-          f"docs {args.docs}, protocol {args.protocol}, reward {args.reward}; percent with the 95 % interval "
-          "over families.")
+    print(f"{len(tasks)} tasks x {args.samples} rollouts a token at temperature {args.temperature}; docs "
+          f"{args.docs}, protocol {args.protocol}, reward {args.reward}; percent with the 95 % interval over "
+          "families.")
+    seen = sum(task.id in trained_on for task in tasks)
     if seen == len(tasks):
         print("These are the training tasks, memorised on purpose to see the machinery work: the figures say "
               "nothing about new tasks.")
     elif seen:
         print(f"Warning: {seen} of the {len(tasks)} tasks were trained on.")
-    figures = {"table": table, "tasks": len(tasks), "samples": args.samples, "docs": args.docs,
-               "protocol": args.protocol, "reward": args.reward, "temperature": args.temperature,
-               "seconds": {**{row["stage"]: row["run"]["seconds"] for row in table if row["run"]},
-                           "evaluation": time.monotonic() - began},
-               "peak_memory_gb": max([peak_memory_gb(world),
-                                      *(r["run"].get("peak_memory_gb", 0) for r in table)])}
-    write_json(out / "eval.json", figures)
-    print(json.dumps(figures))
+    result = {**table[-1][first], "reward": args.reward, "table": table, "tasks": len(tasks),
+              **{name: getattr(args, name) for name in ("samples", "docs", "protocol", "temperature")},
+              "seconds": {**{row["stage"]: row["run"]["seconds"] for row in table if row["run"]},
+                          "evaluation": time.monotonic() - began},
+              "peak_memory_gb": max([peak_memory_gb(world),
+                                     *(r["run"].get("peak_memory_gb", 0) for r in table)])}
+    write(out / "eval.json", json.dumps({"identity": identity, **result}, indent=1) + "\n")
+    for part in [result, *(row[token] for row in table for token in args.reward_tokens)]:
+        part.pop("correct", None)  # a figure for each task: only --compare wants them
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
     try:
-        main(ARGS)
+        mode, args, tasks = parse_args()
+        {"ckpt": evaluate, "score": score, "compare": compare, "show": show}[mode](args, tasks)
     except BfclError as error:
         sys.exit(f"error: {error}")

@@ -72,6 +72,8 @@ from tqdm import tqdm
 from transformers import (AttentionInterface, AutoModelForCausalLM, AutoTokenizer, LlamaConfig,
                           PreTrainedTokenizerFast)
 
+from bfcl_env import ending, piece, show  # noqa: F401 (`show` is for the scripts that print rollouts)
+
 
 # --------------------------------------------------------------------------------------------------
 # Attention. transformers runs the layers; every attention call goes to the `layout` that travels as a forward
@@ -490,6 +492,7 @@ class Trajectory:
     verdict: dict
     steps: int = 0  # model messages
     calls: int = 0  # executed calls
+    sample: int = 0  # which of an evaluation's rollouts with this task and token
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -604,14 +607,15 @@ def cache_size(token_bytes: int, prefixes: list[tuple], max_len: int, kv_gb: flo
 def rollout(policy: Policy, envs: list, reward_tokens: list[str | None],
             seeds: list[tuple[int, ...]] | None = None, temperature: float = 1.0, max_turn_tokens: int = 256,
             max_total_tokens: int = 2048, max_len: int = 8192, kv_gb: float = 4.0, reward: str = "official",
-            progress: str | None = None, watch=None) -> list[Trajectory]:
+            progress: str | None = None, watch=None, done=None) -> list[Trajectory]:
     """Let the policy act in every world to the end; one Trajectory per world, in order.
 
     envs: worlds, one per rollout; reward_tokens: "high", "low" or None for each; seeds: integers that fix the
     random numbers of each rollout, such as (seed, step, task, rollout); max_len: tokens of a conversation, at
     most the model's context; kv_gb: GiB of KV cache; reward: the kind asked of `env.verdict().reward(kind)`;
     progress: title of a progress bar; watch(ids, sampled: bool): called with all that joins a conversation,
-    at once. A conversation that would overflow ends with reason "context"."""
+    at once; done(index, trajectory): called when a rollout has ended. A conversation that would overflow ends
+    with reason "context"."""
     model, chat, config, device = policy.model, policy.chat, policy.model.config, policy.device
     seeds = seeds or [(0, i) for i in range(len(envs))]
     head = model.get_output_embeddings().weight.float()  # [V, hidden], once for the whole call
@@ -628,6 +632,8 @@ def rollout(policy: Policy, envs: list, reward_tokens: list[str | None],
             ids=[*row.prefix.ids, *row.ids], mask=[0] * len(row.prefix.ids) + row.mask,
             logps=[0.0] * len(row.prefix.ids) + row.logps, reward=float(verdict.reward(reward)),
             reason=row.reason, verdict=dataclasses.asdict(verdict), steps=row.steps, calls=row.calls)
+        if done:
+            done(row.index, out[row.index])
         bar.update()
 
     # step 1: openings, cut before the reward token; rows of one prefix wait next to each other
@@ -784,39 +790,6 @@ def answer(step) -> list[dict]:
     """How the world answers one model message: a tool message per result, then the next user message."""
     said = [{"role": "tool", "content": result} for result in step.results]
     return said + ([{"role": "user", "content": step.next_user}] if step.next_user is not None else [])
-
-
-# --------------------------------------------------------------------------------------------------
-# Transcripts for people.
-
-def paint(text: str, code: str, colour: bool | None = None) -> str:
-    """ANSI colour on a terminal (colour None), always or never."""
-    return f"\033[{code}m{text}\033[0m" if (sys.stdout.isatty() if colour is None else colour) else text
-
-
-def piece(ids: list[int], sampled: bool, tokenizer, colour: bool | None = None) -> str:
-    """Part of a conversation as text: sampled bright, forced dim, and a long opening folded."""
-    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    if not sampled and len(text) > 1200:
-        text = f"{text[:120]} [... {len(ids)} tokens ...] {text[-400:]}"
-    return paint(text, "1;36" if sampled else "2", colour)
-
-
-def ending(t: Trajectory, colour: bool | None = None) -> str:
-    """One line on how it went."""
-    line = (f"{t.task} | token {t.reward_token or 'none'} | {t.reason} | {t.steps} messages, {t.calls} calls "
-            f"| reward {t.reward:g} | {t.verdict}")
-    return paint(line, "1;32" if t.reward else "1;31", colour)
-
-
-def show(t: Trajectory, tokenizer, colour: bool | None = None) -> str:
-    """The transcript of a trajectory."""
-    parts, i = [], 0
-    while i < len(t.ids):
-        j = next((j for j in range(i, len(t.ids)) if t.mask[j] != t.mask[i]), len(t.ids))
-        parts.append(piece(t.ids[i:j], bool(t.mask[i]), tokenizer, colour))
-        i = j
-    return "".join(parts).rstrip("\n") + "\n" + ending(t, colour)
 
 
 def main(args, task):

@@ -26,6 +26,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_checker as checker
@@ -33,6 +34,7 @@ from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_utils as executor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 
 import bfcl_env
+import eval_bfcl
 import rl_rcgrpo
 import rollout as sampler
 import sft_rctp
@@ -1489,7 +1491,8 @@ def pipeline(tmp_path_factory):
              "--reward", "progress", "--eval_every", "0")
     assert rl.returncode == 0, rl.stderr[-2000:]
     ev = run("eval_bfcl.py", "--ckpt", "tiny", out / "sft/model", out / "rl/model", *tasks, "--samples", "2",
-             "--reward_tokens", "high,low,none", "--max_turn_tokens", "12", "--out", out / "eval")
+             "--reward_tokens", "high,low,none", "--max_turn_tokens", "12", "--dtype", "fp32", "--out",
+             out / "eval")
     assert ev.returncode == 0, ev.stderr[-2000:]
     return out, sft, rl, ev
 
@@ -1507,7 +1510,9 @@ def test_pipeline(pipeline):
         assert (out / stage / "curves.png").stat().st_size > 1000
     figures = json.loads(ev.stdout.splitlines()[-1])
     assert [row["label"] for row in figures["table"]] == ["base model", "after RCTP-FT", "after RC-GRPO"]
-    assert figures["table"][1]["low"]["n"] == 4 and figures["peak_memory_gb"] > 0
+    assert figures["table"][1]["low"]["overall"]["n"] == 4 and figures["peak_memory_gb"] > 0
+    assert figures["overall"]["accuracy"] == figures["categories"]["multi_turn_base"]["accuracy"] == 0
+    assert "hold the same weights" in ev.stderr  # flat groups taught nothing, see below
     assert set(figures["seconds"]) == {"rctp", "rcgrpo", "evaluation"}
     assert "memorised on purpose" in ev.stdout
 
@@ -1534,7 +1539,7 @@ def test_checkpoints_are_plain_directories(pipeline):
 @pytest.mark.parametrize("command, sentence", [
     (["eval_bfcl.py", "--ckpt", "/nonexistent/model"], "no model at"),
     (["eval_bfcl.py", "--ckpt", "."], "no model at"),
-    (["eval_bfcl.py", "--ckpt", "runs/model"], "no model at"),
+    (["eval_bfcl.py", "--ckpt", ".ci/model"], "no model at"),
     (["sft_rctp.py", "--protocol", "paper"], "--reward paper"),
     (["sft_rctp.py", "--out", "/proc/x"], "cannot write to"),
     (["rl_rcgrpo.py", "--init", "."], "no stage 1 checkpoint"),
@@ -1546,6 +1551,11 @@ def test_checkpoints_are_plain_directories(pipeline):
     (["sft_rctp.py", "--docs", "tall"], "--docs"),
     (["rl_rcgrpo.py", "--group", "1"], "--group"),
     (["rollout.py", "--task", "x"], "unknown task"),
+    (["eval_bfcl.py"], "give one of --ckpt"),
+    (["eval_bfcl.py", "--ckpt", "tiny", "--samples", "2", "--official_out", "x"], "one answer a task"),
+    (["eval_bfcl.py", "--score", "/nonexistent"], "no multi-turn result files"),
+    (["eval_bfcl.py", "--compare", "/nonexistent"], "no finished evaluation"),
+    (["eval_bfcl.py", "--show", "multi_turn_base_3", "--out", "/nonexistent"], "no evaluation"),
 ])
 def test_bad_input_is_told_at_once(command, sentence):
     """A typo that is found after the model has loaded costs minutes; a traceback costs the user's trust."""
@@ -1680,3 +1690,242 @@ def test_two_ranks_are_one(tmp_path):
     for (one, *others), names in ((sft, ["loss", "grad_norm"]), (rl, ["loss", "kl", "entropy", "num_tokens"])):
         for a, b in [pair for two in others for pair in zip(one, two, strict=True)]:
             assert all(abs(a[name] - b[name]) <= 1e-5 * max(1, abs(a[name])) for name in names)
+
+
+# ---- evaluation -----------------------------------------------------------------
+
+def official_rows(style):
+    """Result lines of every kind by category: right, wrong, chatty, broken, cut, of another form, failed."""
+    rows = {}
+    for task in TASKS:
+        rng = random.Random(task.id)
+        turns = sft_rctp.gold_calls(task)
+        turns = sft_rctp.corrupt(task, turns, rng.choice(sft_rctp.MISTAKES), rng) if rng.random() < 0.4 else turns
+        result = []
+        for calls in turns:
+            cut = rng.randint(0, len(calls))
+            steps = [sft_rctp.write_calls(some, style) for some in (calls[:cut], calls[cut:]) if some]
+            chat = rng.choice(["Done.", "[]", "", "[f(", "<tool_call>\n{bad}\n</tool_call>"])
+            result.append([*steps, chat])
+        kind = rng.random()
+        if kind < 0.05:
+            result = "Error during inference: too long"
+        elif kind < 0.1:
+            result = result[:-1]
+        elif kind < 0.15:  # positional arguments, which the python decoder drops; a name that does not exist
+            result[-1] = ["[cd('document')]", "nothing()", '<tool_call>\n{"name": "f"}\n</tool_call>']
+        rows.setdefault(task.category, []).append({"id": task.id, "result": result})
+    return rows
+
+
+OFFICIAL = """
+import importlib.machinery, sys
+from unittest.mock import MagicMock
+ABSENT = set()  # vendors' SDKs and the like, found by failing
+
+class Stub:
+    def find_spec(self, name, path=None, target=None):
+        return importlib.machinery.ModuleSpec(name, self) if name.split(".")[0] in ABSENT else None
+    def create_module(self, spec):
+        return MagicMock(__path__=[], override=lambda f: f, final=lambda f: f, EnforceOverrides=object)
+    def exec_module(self, module):
+        pass
+
+sys.meta_path.append(Stub())
+while True:
+    try:
+        from bfcl_eval.eval_checker import eval_runner
+        break
+    except ModuleNotFoundError as error:
+        ABSENT.add(error.name.split(".")[0])
+        for name in [name for name in sys.modules if name.startswith("bfcl_eval")]:
+            del sys.modules[name]
+eval_runner.main(None, ["multi_turn"], sys.argv[1], sys.argv[2])
+"""
+
+
+def last_json(done):
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(not FULL, reason="make test-full")
+def test_the_official_evaluator_agrees(tmp_path, monkeypatch):
+    """Files that it cannot read, or a decoder that differs in a corner: scores that nobody accepts."""
+    monkeypatch.setenv("BFCL_PROJECT_ROOT", str(tmp_path))
+    monkeypatch.setenv("PYTHONHASHSEED", "0")  # some results print sets
+    for style in bfcl_env.STYLES:
+        eval_bfcl.write_official(tmp_path / "result", style, official_rows(style))
+    done = run("-c", OFFICIAL, tmp_path / "result", tmp_path / "score")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in eval_bfcl.OFFICIAL.values():
+        name, start = name.replace("/", "_"), time.perf_counter()
+        ours = last_json(run("eval_bfcl.py", "--score", tmp_path / "result" / name))
+        assert time.perf_counter() - start < 5
+        assert ours["missing"] == ours["malformed"] == 0 and len(ours["categories"]) == 4
+        for category, figures in ours["categories"].items():
+            path = tmp_path / "score" / name / f"multi_turn/BFCL_v4_{category}_score.json"
+            header, *failed = map(json.loads, path.read_text().splitlines())
+            assert figures["accuracy"] == header["accuracy"] and 0.2 < header["accuracy"] < 0.8
+            theirs = collections.Counter(row["error"]["error_type"].split(":")[1] for row in failed)
+            assert figures["errors"] == theirs and len(theirs) >= 4
+
+
+def test_result_files_with_bad_lines(tmp_path):
+    """One torn line must not cost the other 799, nor be scored without a word."""
+    rows = official_rows("python")["multi_turn_base"][:40]
+    path = tmp_path / "some_model/multi_turn/BFCL_v4_multi_turn_base_result.json"
+    bad = ['{"id": "multi_turn_base_3", "resu', '{"id": "multi_turn_base_999", "result": []}', "7", "",
+           '{"id": "multi_turn_base_41"}', '{"id": "multi_turn_base_42", "result": ["[ls()]"]}',
+           json.dumps(rows[0]), '{"id": "multi_turn_miss_func_1", "result": []}']
+    eval_bfcl.write(path, "".join(line + "\n" for line in [*map(json.dumps, rows), *bad]))
+    done = run("eval_bfcl.py", "--score", tmp_path / "some_model", "--categories", "multi_turn_base")
+    figures = last_json(done)
+    assert figures["malformed"] == len(bad) and figures["missing"] == 160 and figures["overall"]["n"] == 40
+    assert [int(n) for n in re.findall(r"_result.json:(\d+): left out", done.stderr)] == list(range(41, 49))
+    good = [judge(BY_ID[row["id"]], eval_bfcl.turns_of(row["result"], "python")).valid
+            for row in rows if isinstance(row["result"], list)]
+    assert figures["overall"]["accuracy"] == sum(good) / 40
+    # Vendors' function calling: a step is a list of objects.
+    assert eval_bfcl.calls_in([{"cd": '{"folder": "a"}'}, {"ls": {}}], "json") == ["cd(folder='a')", "ls()"]
+
+
+def evaluation(out, policy, trajectories):
+    """A folder as `evaluate` leaves it when it is killed."""
+    identity = {"reward_tokens": ["high"], "protocol": "official",
+                "models": [{"ckpt": "tiny", "style": "python", "sha256": ""}]}
+    eval_bfcl.write(out / "identity.json", json.dumps(identity))
+    eval_bfcl.write(out / "0.tokenizer.json", policy.tokenizer.backend_tokenizer.to_str())
+    eval_bfcl.write(out / "0_high.rank0.jsonl", "".join(t.to_json() + "\n" for t in trajectories))
+
+
+def test_files_and_transcripts_say_what_was_said(tmp_path):
+    """A file that holds a message which was cut, or turns split elsewhere than live, scores another model."""
+    policy, rng, kept = load_policy("tiny"), random.Random(5), []
+    for task in TASKS[::23]:
+        style = rng.choice(bfcl_env.STYLES)
+        turns = sft_rctp.gold_calls(task)
+        turns = sft_rctp.corrupt(task, turns, rng) if rng.random() < 0.5 else turns
+        messages = sft_rctp.messages_for(task, turns, style)
+        messages = messages[:rng.choice([len(messages), rng.randint(1, len(messages))])]
+        t = sft_rctp.record(policy, env := BfclEnv(task, style=style), messages, "high")
+        if not env.done:  # it went on, but hit a cap: that was never executed
+            glue = policy.chat.following([])
+            more = policy.tokenizer.encode(sft_rctp.write_calls(turns[0] or turns[1], style))
+            t.ids, t.mask = t.ids + glue + more, t.mask + [0] * len(glue) + [1] * len(more)
+        result = eval_bfcl.result_of(t, task, policy.tokenizer, style)
+        assert sum(result, []) == messages and len(result) == len(env.turns)
+        assert judge(task, eval_bfcl.turns_of(result, style)) == env.verdict()
+        kept += [t] if style == "python" and env.done else []
+    evaluation(tmp_path, policy, kept)
+    for right in (True, False):
+        t = next(t for t in kept if t.verdict["valid"] == right)
+        done = run("eval_bfcl.py", "--show", t.task, "--out", tmp_path)
+        assert done.returncode == 0 and BY_ID[t.task].turns[0] in done.stdout, done.stderr
+        assert (">>>" in done.stdout.split("first difference)")[1]) != right
+
+
+def ended(out, stem):
+    """What does not depend on the batch: all but the last digit of the log-probs."""
+    return {key: (t.ids, t.mask, t.verdict) for key, t in eval_bfcl.finished(out, stem).items()}
+
+
+def test_an_interrupted_evaluation_goes_on(pipeline, tmp_path):
+    """Finished tasks run twice cost hours; a torn line, or other flags or weights, cost the result."""
+    out, _, _, ev = pipeline
+    shutil.copytree(out / "eval", tmp_path / "eval")
+    (tmp_path / "eval/eval.json").unlink()
+    torn = tmp_path / "eval/2_low.rank0.jsonl"
+    lines = torn.read_text().splitlines(keepends=True)
+    torn.write_text("".join(lines[:2]) + lines[2][:1000])
+    command = ["eval_bfcl.py", "--ckpt", "tiny", out / "sft/model", out / "rl/model", "--tasks",
+               "multi_turn_base_139,multi_turn_base_50", "--samples", "2", "--reward_tokens", "high,low,none",
+               "--max_turn_tokens", "12", "--dtype", "fp32", "--out", tmp_path / "eval"]
+    again, before = last_json(run(*command)), json.loads(ev.stdout.splitlines()[-1])
+    for stem in [f"{n}_{token}" for n in range(3) for token in ("high", "low", "none")]:
+        assert ended(tmp_path / "eval", stem) == ended(out / "eval", stem) != {}
+        new = (tmp_path / f"eval/{stem}.rank0.jsonl").read_text().strip().count("\n") + 1
+        assert new == (5 if stem == "2_low" else 4)  # the torn line, and only the two missing rollouts
+    assert again["categories"] == before["categories"]
+    done = run(*command[:-4], "--dtype", "bf16", *command[-2:])
+    assert "holds another evaluation (dtype: 'fp32' and 'bf16')" in done.stderr and done.returncode
+    identity = tmp_path / "eval/identity.json"
+    identity.write_text(identity.read_text().replace('"sha256": "', '"sha256": "0'))
+    done = run(*command)
+    assert "holds an evaluation of other weights than tiny has now" in done.stderr and done.returncode
+
+
+def test_ranks_share_an_evaluation(pipeline, tmp_path):
+    """A task that two ranks run, or none; and a token that was never learned, evaluated without a word."""
+    out = pipeline[0]
+    shutil.copytree(out / "sft/model", tmp_path / "model")
+    contract = tmp_path / "model/rcgrpo.json"
+    contract.write_text(json.dumps({**json.loads(contract.read_text()), "arm": "sft", "tokens": ["none"]}))
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "eval_bfcl.py",
+               "--ckpt", tmp_path / "model", "--tasks", "multi_turn_base_139,multi_turn_base_50",
+               "--samples", "2", "--max_turn_tokens", "12", "--dtype", "fp32", "--out", tmp_path / "eval")
+    assert last_json(done)["table"][0]["label"] == "after SFT"
+    assert "never saw the high token (only none)" in done.stderr
+    found = ended(tmp_path / "eval", "0_high")
+    assert found == ended(out / "eval", "1_high") and len(found) == 4
+    assert (tmp_path / "eval/0_high.rank1.jsonl").read_text().count('"task"') == 2
+
+
+def test_intervals_resample_families():
+    """The four variants of an id stand or fall together: taken for independent, they halve the interval."""
+    base = {f"multi_turn_base_{i}": float(i % 3 == 0) for i in range(200)}
+    four = {f"{category}_{i}": base[f"multi_turn_base_{i}"] for i in range(200)
+            for category in bfcl_env.CATEGORIES}
+    ends = [eval_bfcl.interval(eval_bfcl.bootstrap([[values]])[0]) for values in (base, four)]
+    assert np.allclose(*ends, atol=0.01) and 0.11 < ends[0][1] - ends[0][0] < 0.15
+    shifted = {task: 1 - value for task, value in four.items()}
+    same, other = eval_bfcl.bootstrap([[four], [four]]), eval_bfcl.bootstrap([[four], [four, shifted]])
+    assert (same[0] == same[1]).all()  # paired
+    assert abs((other[1] - other[0]).std() - (1 - 2 / 3) / 2) < 0.1  # seeds nested: most of it is the seed
+    low, high = eval_bfcl.interval(eval_bfcl.bootstrap([[dict.fromkeys(base, 0.0)]]), base)
+    assert low == 0 and 0.015 < high < 0.025  # none of some 190 families is not "between 0 and 0"
+
+
+def test_comparison(tmp_path, capsys):
+    """A difference between arms that ran on other tasks, docs or budgets is a difference of nothing."""
+    tasks = [task.id for task in bfcl_env.split(TASKS)["test"]]
+    same = {**dict.fromkeys(eval_bfcl.ALIKE, ""), "docs": "slim", "reward_tokens": ["high"]}
+
+    def finished(name, tokens, share, rollouts=640, **changes):
+        rng = random.Random(name)
+        (tmp_path / name).mkdir()
+        curve = '{"step": 1, "reward": 0.5}\n{"step": 2, "reward": 0.6}\n'
+        (tmp_path / name / "metrics.jsonl").write_text(curve)
+        contract = {"stage": "rcgrpo", "arm": "rctp", "reward_tokens": tokens, "rollouts": rollouts}
+        row = {"arm": eval_bfcl.arm_of(contract), "stage": "rcgrpo", "model": "m", "sha256": name,
+               "ckpt": str(tmp_path / name / "model"), "contract": contract,
+               "high": {"correct": {task: float(rng.random() < share) for task in tasks}}}
+        eval_bfcl.write(tmp_path / name / "eval/eval.json",
+                        json.dumps({"identity": {**same, **changes}, "table": [row]}))
+        return str(tmp_path / name / "eval")
+
+    def compared(*folders):
+        eval_bfcl.compare(types.SimpleNamespace(compare=folders, out=str(tmp_path / "out")), None)
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+    high = [finished(f"high{i}", "high", 0.4) for i in range(2)]
+    mixed = [finished(f"mixed{i}", "mixed", 0.7) for i in range(3)]
+    [pair] = compared(*high, *mixed)["pairs"]
+    assert pair["kind"] == "primary" and pair["a"] == ["RCTP-FT + RC-GRPO", "high"]
+    assert 0.2 < pair["interval"][0] < pair["difference"] < pair["interval"][1] < 0.4
+    assert 0.05 < pair["detectable"] < 0.2 and (tmp_path / "out/compare.png").stat().st_size > 5000
+    [pair] = compared(high[0], high[1], finished("more", "mixed", 0.7, rollouts=1280))["pairs"]
+    assert pair["kind"] == "exploratory"
+    with pytest.raises(bfcl_env.BfclError, match="docs: 'slim' and 'full'"):
+        compared(high[0], finished("full", "mixed", 0.7, docs="full"))
+    tasks.pop()
+    with pytest.raises(bfcl_env.BfclError, match="tasks that fit: 160 and 159"):
+        compared(high[0], finished("less", "mixed", 0.7))
+
+
+def test_scores_and_transcripts_start_without_torch(tmp_path):
+    """Seconds of imports before the first line of a scorer that takes two."""
+    code = ("import sys, runpy; sys.argv = ['eval_bfcl.py', *sys.argv[1:]]\n"
+            "try: runpy.run_path('eval_bfcl.py', run_name='__main__')\n"
+            "finally: assert not {'torch', 'transformers'} & set(sys.modules)")
+    for flags in (["--score", tmp_path], ["--compare", tmp_path], ["--show", "multi_turn_base_0"]):
+        assert "AssertionError" not in run("-c", code, *flags).stderr
