@@ -20,9 +20,9 @@ $(VENV)/installed: requirements.txt
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
-	$(TORCHRUN) sft_rctp.py $(DEMO) --out runs/demo/sft --epochs 13 --batch 2
+	$(TORCHRUN) sft_rctp.py $(DEMO) --out runs/demo/sft --epochs 13 --batch 2 --no_token 0 --eval_every 0
 	$(TORCHRUN) rl_rcgrpo.py $(DEMO) --init runs/demo/sft/model --out runs/demo/rl --steps 2 --prompts 4 --group 4 \
-		--max_turn_tokens 128 --max_len 2048
+		--max_turn_tokens 128 --max_len 2048 --eval_every 0
 	$(RUN) eval_bfcl.py $(DEMO) --ckpt smollm2-135m-instruct runs/demo/sft/model runs/demo/rl/model \
 		--reward_tokens high,low --samples 4 --max_turn_tokens 128 --max_len 2048 --out runs/demo/eval
 
@@ -35,6 +35,8 @@ test-full: $(VENV)/installed
 bench: $(VENV)/installed
 	$(RUN) bench.py env
 	$(RUN) bench.py sampler
+	$(RUN) bench.py train
+	$(RUN) bench.py step
 
 clean:
 	rm -rf $(VENV) runs/demo

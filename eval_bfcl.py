@@ -18,7 +18,6 @@ n_TOKEN.rankR.jsonl, the trajectories of each rank, appended as they end.
 """
 import argparse
 import contextlib
-import hashlib
 import itertools
 import json
 import sys
@@ -457,7 +456,7 @@ def evaluate(args, tasks) -> None:
     import torch.distributed as dist
     from tqdm import tqdm
 
-    from rollout import load_policy, rollout, sampling, split_fitting
+    from rollout import checksum, load_policy, rollout, sampling, split_fitting
     from sft_rctp import compute_dtype, peak_memory_gb, start_world
 
     began, world, out = time.monotonic(), start_world(), Path(args.out)
@@ -474,11 +473,7 @@ def evaluate(args, tasks) -> None:
         torch.manual_seed(0)  # `tiny` is drawn, on all ranks alike
         policy = load_policy(ckpt, dtype=compute_dtype(args.dtype, world.device), device=str(world.device))
         contract, style = policy.contract, policy.style(args.style)
-        digest = hashlib.sha256()
-        for name, p in policy.model.named_parameters():
-            digest.update(name.encode())
-            digest.update(p.detach().flatten().view(torch.uint8).cpu().numpy())
-        model = {"ckpt": ckpt, "sha256": digest.hexdigest(), "style": style}
+        model = {"ckpt": ckpt, "sha256": checksum(policy.model), "style": style}
         if n < len(identity["models"]) and identity["models"][n] != model:
             raise BfclError(f"{out} holds an evaluation of other weights than {ckpt} has now "
                             f"({identity['models'][n]} and {model}): give a new --out, or remove it")
@@ -593,6 +588,7 @@ def evaluate(args, tasks) -> None:
 
 
 if __name__ == "__main__":
+    bfcl_env.settle_environment()
     try:
         mode, args, tasks = parse_args()
         {"ckpt": evaluate, "score": score, "compare": compare, "show": show}[mode](args, tasks)

@@ -22,6 +22,7 @@ Axes: S tasks, G rollouts of a group, B rollouts, T sampled tokens of a rollout.
 """
 import argparse
 import json
+import math
 import random
 import sys
 import time
@@ -112,9 +113,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from rollout import checksum, load_policy, rollout, sampling, show, split_fitting
-from sft_rctp import (Checkpointer, Interrupt, MetricsLogger, compute_dtype, copy_weights, end_run, evaluate,
-                      flops, learning_rate, make_optimizer, matmul_rate, pack, peak_memory_gb, plot_curves,
-                      release_weights, shard, shuffled, skipped_in_a_row, start_run, start_world, token_logprobs,
+from sft_rctp import (Checkpointer, Interrupt, MetricsLogger, Packed, compute_dtype, copy_weights, end_run,
+                      evaluate, flops, learning_rate, make_optimizer, matmul_rate, pack, peak_memory_gb, plan,
+                      plot_curves, release_weights, shard, shuffled, skipped_in_a_row, start_run, start_world, token_logprobs,
                       update, write_json)
 
 TRUNCATED = ("turn_tokens", "total_tokens", "context")
@@ -235,6 +236,15 @@ def group_metrics(trajectories, G: int, p_high: float) -> dict:
 
 def main(args):
     began = time.monotonic()
+    if args.plan:  # every group at its longest
+        policy, tasks = load_policy(args.init, device="meta"), bfcl_env.select_tasks(args)
+        P = max(len(policy.chat.opening(BfclEnv(task, args.docs, policy.style(args.style), args.protocol).messages(),
+                                        "high")) for task in tasks[::math.ceil(len(tasks) / 32)])
+        own = min(args.max_total_tokens, args.max_len - P)
+        size = max(1, min(args.group, (args.tokens_per_microbatch - P) // own))  # branches of a pack
+        layout = Packed(P, [(P + i * own, P + (i + 1) * own) for i in range(size)])
+        plan(policy.model, args, [(layout, size * own)] * (args.prompts * args.group // size), acts=True)
+        return
     world = start_world()
     out = start_run(args, world)
     (out / "rollouts").mkdir(exist_ok=True)

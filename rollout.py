@@ -69,7 +69,7 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
-from transformers import (AttentionInterface, AutoModelForCausalLM, AutoTokenizer, LlamaConfig,
+from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig,
                           PreTrainedTokenizerFast)
 
 from bfcl_env import ending, piece, show  # noqa: F401 (`show` is for the scripts that print rollouts)
@@ -362,7 +362,11 @@ def load_policy(name_or_dir: str, dtype: torch.dtype | None = None, device: str 
         path = smollm2_dir() if name_or_dir == DEFAULT_MODEL else name_or_dir
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            if device == "meta":  # shapes without weights
+                with torch.device("meta"):
+                    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         except (OSError, ValueError) as error:
             raise bfcl_env.BfclError(f"{name_or_dir} cannot be loaded: "
                                      f"{str(error).splitlines()[0]}") from error
@@ -415,11 +419,12 @@ def head_dim(config) -> int:
 
 
 def checksum(model) -> str:
-    """Eight digits that differ when any weight does: which weights a figure belongs to."""
+    """SHA-256 of all weights: which ones a figure belongs to."""
     digest = hashlib.sha256()
-    for _, p in sorted(model.named_parameters()):
-        digest.update(p.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:8]
+    for name, p in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(p.detach().flatten().view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()
 
 
 def smollm2_dir() -> Path:

@@ -373,6 +373,52 @@ def peak_memory_gb(world: World) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def plan(model, args, packs: list[tuple[Packed, int]], acts: bool) -> dict:
+    """Bytes a rank by part, their peak, and operations a step, printed for a run on args.plan ranks.
+
+    model: on the meta device; packs: (layout, loss tokens) of one step; acts: whether a whole copy makes
+    rollouts (and serves the reference), for which --kv_gb is the most. Activations are counted as autograd
+    keeps them for a Llama layer: 16 bytes a hidden unit (the two norms, in fp32), twice the rest."""
+    config, device = model.config, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    width = compute_dtype(args.dtype, device).itemsize
+    N, L, V = sum(p.numel() for p in model.parameters()), config.num_hidden_layers, config.vocab_size
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    HD, KD = (n * head_dim(config) for n in (config.num_attention_heads, config.num_key_value_heads))
+    kept = 16 * config.hidden_size + width * (4 * config.intermediate_size + 2 * (HD + KD))  # a token and layer
+    if hasattr(model.model.layers[0].self_attn, "q_norm"):
+        kept += 3 * width * (HD + KD)
+
+    def activations(layout):
+        tokens = layout.spans[-1][1] if layout.spans else layout.prefix
+        copies = 2 * width * KD * (len(layout.spans) * layout.prefix + tokens - layout.prefix)  # [prefix | branch]
+        if args.gradient_checkpointing:
+            return L * width * config.hidden_size * tokens + kept * tokens + copies
+        return L * (kept * tokens + copies)
+    rows = min(512, max(n for _, n in packs))
+    parts = {"masters (fp32)": 4 * N / args.plan, "AdamW moments": 8 * N / args.plan, "gradients": 4 * N / args.plan,
+             "gathered weights": width * (2 * layer + N - L * layer) + 4 * (N - L * layer),
+             "head on loss positions": 4 * V * (2 * config.hidden_size + 5 * rows),
+             "activations": max(activations(layout) for layout, _ in packs)}
+    held = sum(list(parts.values())[:2])
+    update = sum(parts.values())
+    if acts:
+        parts |= {"rollout / reference copy": width * N, "KV cache, at most": args.kv_gb * 2**30}
+    rollouts = held + sum(list(parts.values())[6:])
+    host = 0.6 * 2**30 * (device.type == "cpu")  # Python and its libraries
+    host += width * N * (device.type == "cpu" and acts)  # the reference
+    work = flops(model, [layout for layout, _ in packs], sum(n for _, n in packs))
+    out = {"parameters": N, "bytes": parts, "peak_bytes": max(update, rollouts) + host, "flops": work,
+           "flops_a_rank": work / args.plan, "ranks": args.plan}
+    print(f"{N / 1e6:.1f} M parameters on {args.plan} x {device.type}; GiB a rank:")
+    for name, size in parts.items():
+        print(f"  {name:28} {size / 2**30:9.2f}")
+    print(f"  {'peak':28} {out['peak_bytes'] / 2**30:9.2f}  (update {update / 2**30:.2f}, rollouts "
+          f"{rollouts / 2**30:.2f}, beside {host / 2**30:.2f} of the process)")
+    print(f"{work / 1e12:.2f} TFLOP a step and {out['flops_a_rank'] / 1e12:.2f} a rank, rollouts not counted")
+    print(json.dumps(out))
+    return out
+
+
 # --------------------------------------------------------------------------------------------------
 # The run's folder.
 
@@ -843,6 +889,13 @@ def mean_loss(model, packs: list[Pack], banned, world: World) -> float:
 
 def main(args):
     began = time.monotonic()
+    if args.plan:
+        policy, tasks = load_policy(args.model, device="meta"), bfcl_env.select_tasks(args)
+        some = tasks[::math.ceil(len(tasks) / max(32, args.batch // 2))]  # whose lengths stand for all
+        batch = [t for pair in stage1_data(policy, some, args)[0] for t in pair][:args.batch]
+        packs = [(p.layout, len(p.target)) for p in pack(batch, args.tokens_per_microbatch)]
+        plan(policy.model, args, packs, acts=False)
+        return
     world = start_world()
     out = start_run(args, world)
     tasks = bfcl_env.select_tasks(args)
