@@ -193,7 +193,7 @@ def bench_sampler(G: int = 8) -> dict:
 
 
 def group_of(P: int, branches: int, length: int, loss: int, seed: int = 0) -> list:
-    """Trajectories of random ids that share P tokens and have `length` own ones, the last `loss` with loss."""
+    """Trajectories of random ids that share P tokens and have `length` own ones, the last with loss."""
     from rollout import Trajectory
     rng = random.Random(seed)
     shared = [rng.randrange(1000, 40000) for _ in range(P)]
@@ -205,7 +205,8 @@ def group_of(P: int, branches: int, length: int, loss: int, seed: int = 0) -> li
 def peak_above(work) -> int:
     """Bytes that this process held at most while `work()` ran, above what it held before (Linux)."""
     def status(field):
-        return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1])
+        line = next(line for line in open("/proc/self/status") if line.startswith(field))
+        return 1024 * int(line.split()[1])
     gc.collect()
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")  # starts the peak anew
@@ -265,7 +266,8 @@ def bench_train() -> dict:
     rows = group_of(2400, 8, 400, 250)
     mine = min(seconds(lambda: ours(policy, rows)) for _ in range(2))
     rate = S.matmul_rate(dtype, policy.device, times=2)
-    operations = S.flops(policy.model, [p.layout for p in S.pack(rows, 10**6)], sum(sum(t.mask) for t in rows))
+    layouts, loss_tokens = [p.layout for p in S.pack(rows, 10**6)], sum(sum(t.mask) for t in rows)
+    operations = S.flops(policy.model, layouts, loss_tokens)
     one_by_one = seconds(lambda: [theirs(plain, [t]) for t in rows])
     return {"seconds": mine, "plain_seconds": one_by_one, "speedup": one_by_one / mine,
             "peak_bytes": memory[0], "plain_peak_bytes": memory[1], "memory_ratio": memory[1] / memory[0],

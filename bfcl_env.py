@@ -951,10 +951,11 @@ def check_out(args: argparse.Namespace) -> None:
         other = [f"--{k} {there.get(k)!r} there, {here.get(k)!r} here" for k in sorted({*there, *here} - free)
                  if there.get(k) != here.get(k)]
         if other or args.resume == "never":
-            raise BfclError(f"{out} holds another run ({'; '.join(other) or '--resume never'}): give a new folder "
-                            "with --out, or that run's flags to go on with it")
+            raise BfclError(f"{out} holds another run ({'; '.join(other) or '--resume never'}): give a new "
+                            "folder with --out, or that run's flags to go on with it")
         if (out / "model").exists():
-            raise BfclError(f"the run in {out} is finished, its model is {out}/model: give a new folder with --out")
+            raise BfclError(f"the run in {out} is finished, its model is {out}/model: give a new folder with "
+                            "--out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / ".write").touch()
@@ -1015,14 +1016,18 @@ def add_training_flags(parser: argparse.ArgumentParser, out: str):
     add("--seed", default=0, type=number(int, 0), help="of data, order and sampling (default: %(default)s)")
     add("--resume", default="auto", choices=("auto", "never"),
         help="auto: go on with the run that --out holds (default: %(default)s)")
-    add("--save_every", default=50, type=number(int, 0), help="steps; 0: no checkpoints (default: %(default)s)")
+    add("--save_every", default=50, type=number(int, 0),
+        help="steps; 0: no checkpoints (default: %(default)s)")
     add("--keep", default=1, type=number(int, 1),
         help="newest checkpoints to keep, beside the best (default: %(default)s)")
     add("--eval_every", default=50, type=number(int, 0),
-        help="steps between evaluations on validation tasks, and after the last; 0: none (default: %(default)s)")
+        help="steps between evaluations on validation tasks, and after the last; 0: none (default: "
+        "%(default)s)")
     add("--eval_limit", default=16, type=number(int, 1), help="validation tasks (default: %(default)s)")
-    add("--tracker", default="none", choices=("none", "wandb", "tensorboard"), help="log there too, if installed")
-    add("--plan", type=number(int, 1), metavar="RANKS", help="print what a run on so many ranks takes, and exit")
+    add("--tracker", default="none", choices=("none", "wandb", "tensorboard"),
+        help="log there too, if installed")
+    add("--plan", type=number(int, 1), metavar="RANKS",
+        help="print what a run on so many ranks takes, and exit")
 
 
 def add_world_flags(parser: argparse.ArgumentParser, part: str = "train"):

@@ -15,8 +15,8 @@ One update:
     5. minimise -E[ 1/G sum_j min(rho_j A_j, clip(rho_j, 1 - eps, 1 + eps) A_j) - beta KL(pi || pi_ref) ]
 
 What the paper leaves open is decided so: the ratio rho is per token; a loss is averaged over a rollout's
-tokens, then over rollouts; a batch is counted in rollouts and makes one update, so that rho is 1 and the clip does
-not act (it does from --inner_epochs 2 on).
+tokens, then over rollouts; a batch is counted in rollouts and makes one update, so that rho is 1 and the clip
+does not act (it does from --inner_epochs 2 on).
 
 Axes: S tasks, G rollouts of a group, B rollouts, T sampled tokens of a rollout.
 """
@@ -115,8 +115,8 @@ from tqdm import tqdm
 from rollout import checksum, load_policy, rollout, sampling, show, split_fitting
 from sft_rctp import (Checkpointer, Interrupt, MetricsLogger, Packed, compute_dtype, copy_weights, end_run,
                       evaluate, flops, learning_rate, make_optimizer, matmul_rate, pack, peak_memory_gb, plan,
-                      plot_curves, release_weights, shard, shuffled, skipped_in_a_row, start_run, start_world, token_logprobs,
-                      update, write_json)
+                      plot_curves, release_weights, shard, shuffled, skipped_in_a_row, start_run, start_world,
+                      token_logprobs, update, write_json)
 
 TRUNCATED = ("turn_tokens", "total_tokens", "context")
 CURVES = ["reward", "rc/reward_high", "rc/reward_low", "rc/var_within_tokens", "rc/var_between_tokens",
@@ -143,8 +143,9 @@ def group_advantages(rewards: torch.Tensor, tokens: torch.Tensor | None = None, 
                      eps: float = 1e-6) -> torch.Tensor:
     """A_j = (R_j - mean) / (std + eps) over the whole group, both tokens mixed; population std (ddof 0).
 
-    rewards [S, G] -> [S, G]. Equal rewards give exactly 0, whatever rounding does to their mean. tokens [S, G],
-    if given, restricts mean and std to the rollouts of the same token; without `scale` there is no division.
+    rewards [S, G] -> [S, G]. Equal rewards give exactly 0, whatever rounding does to their mean. tokens
+    [S, G], if given, restricts mean and std to the rollouts of the same token; without `scale` there is no
+    division.
 
     >>> group_advantages(torch.tensor([[1., 0., 0., 1.], [1., 1., 1., 1.]]), eps=0)
     tensor([[ 1., -1., -1.,  1.],
@@ -164,11 +165,11 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, clip_low: float = 0.
                 beta: float = 0.1, average: str = "sequence", count: int | None = None):
     """The clipped loss with its KL penalty, averaged over a rollout's tokens, then over rollouts.
 
-    logp (with gradient), old_logp, ref_logp (or None with beta 0), mask [B, T]; advantages [B]; average "token":
-    over all tokens alike; count: how many rollouts (or tokens) the average is over, when those given are only a
-    part of the update. Returns the scalar loss and a dict of means over the tokens with mask 1. KL is the k3
-    estimator exp(d) - d - 1 with d = ref_logp - logp (Schulman 2020, http://joschu.net/blog/kl-approx.html):
-    never negative, 0 where both agree."""
+    logp (with gradient), old_logp, ref_logp (or None with beta 0), mask [B, T]; advantages [B]; average
+    "token": over all tokens alike; count: how many rollouts (or tokens) the average is over, when those given
+    are only a part of the update. Returns the loss and a dict of means over the tokens with mask 1. KL is the
+    k3 estimator exp(d) - d - 1 with d = ref_logp - logp, never negative, 0 where both agree (Schulman 2020,
+    http://joschu.net/blog/kl-approx.html)."""
     zero = torch.zeros_like(logp)
     logp = torch.where(mask, logp, zero)  # what stands at mask 0, NaN included, cannot reach the loss
     ratio = torch.where(mask, logp - old_logp, zero).exp()  # [B, T]
@@ -193,8 +194,9 @@ def variance_parts(rewards: torch.Tensor, tokens: torch.Tensor) -> tuple[float, 
     """Mean within-group variance of rewards [S, G], split by the law of total variance into its part WITHIN
     tokens [S, G] and its part BETWEEN them.
 
-    The second is what Prop. 4.3 bounds, and what drawing tokens adds. By itself it teaches the high mode nothing:
-    for a fixed token, a baseline that does not depend on the action adds nothing to the expected gradient."""
+    The second is what Prop. 4.3 bounds, and what drawing tokens adds. By itself it teaches the high mode
+    nothing: for a fixed token, a baseline that does not depend on the action adds nothing to the expected
+    gradient."""
     means = torch.stack([rewards.masked_fill(tokens != t, 0).sum(1) / (tokens == t).sum(1).clamp(min=1)
                          for t in (0, 1)], 1).gather(1, tokens)  # [S, G] each rollout's token's mean
     return (rewards - means).square().mean().item(), means.var(1, correction=0).mean().item()
@@ -238,8 +240,9 @@ def main(args):
     began = time.monotonic()
     if args.plan:  # every group at its longest
         policy, tasks = load_policy(args.init, device="meta"), bfcl_env.select_tasks(args)
-        P = max(len(policy.chat.opening(BfclEnv(task, args.docs, policy.style(args.style), args.protocol).messages(),
-                                        "high")) for task in tasks[::math.ceil(len(tasks) / 32)])
+        style = policy.style(args.style)
+        P = max(len(policy.chat.opening(BfclEnv(task, args.docs, style, args.protocol).messages(), "high"))
+                for task in tasks[::math.ceil(len(tasks) / 32)])
         own = min(args.max_total_tokens, args.max_len - P)
         size = max(1, min(args.group, (args.tokens_per_microbatch - P) // own))  # branches of a pack
         layout = Packed(P, [(P + i * own, P + (i + 1) * own) for i in range(size)])
@@ -252,9 +255,9 @@ def main(args):
     val_tasks = bfcl_env.validation_tasks(args, tasks)
     dtype = compute_dtype(args.dtype, world.device)
 
-    # The acting policy is one whole copy in the compute dtype; the learning one is sharded, its masters fp32. The
-    # same memory holds, in turn, the acting weights and the reference's (kept in host memory), and is given back
-    # before the backward pass.
+    # The acting policy is one whole copy in the compute dtype; the learning one is sharded, its masters fp32.
+    # The same memory holds, in turn, the acting weights and the reference's (kept in host memory), and is
+    # given back before the backward pass.
     policy = load_policy(args.init, dtype=dtype, device=str(world.device))
     style = policy.style(args.style)
     tasks, left_out = split_fitting(
@@ -265,8 +268,8 @@ def main(args):
     if world.main and not origin.exists():
         write_json(origin, {"init": args.init, "weights": checksum(policy.model)})
     elif world.main and json.loads(origin.read_text())["weights"] != checksum(policy.model):
-        raise BfclError(f"the weights in {args.init} are not those that the run in {out} began with: give a new "
-                        "folder with --out")
+        raise BfclError(f"the weights in {args.init} are not those that the run in {out} began with: give a "
+                        "new folder with --out")
     model = load_policy(args.init, dtype=torch.float32, device=str(world.device)).model
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -279,10 +282,11 @@ def main(args):
     rate, skipped = matmul_rate(dtype, world.device), 0
     if world.main:
         print(f"stage 2: {args.init} | docs {args.docs}, style {style} | all that fit: {len(tasks)} of "
-              f"{len(tasks) + left_out} tasks | {args.steps} steps of {args.prompts} tasks x {args.group} rollouts, "
-              f"tokens {args.reward_tokens} | reward {args.reward} | beta {args.beta}, lr {args.lr} | clip "
-              f"{args.clip_low}/{args.clip_high}{' (does not act)' * (args.inner_epochs == 1)} | {dtype} on "
-              f"{world.size} x {world.device.type} | {out}" + f" | from step {done + 1}" * (done > 0), flush=True)
+              f"{len(tasks) + left_out} tasks | {args.steps} steps of {args.prompts} tasks x {args.group} "
+              f"rollouts, tokens {args.reward_tokens} | reward {args.reward} | beta {args.beta}, lr {args.lr} | "
+              f"clip {args.clip_low}/{args.clip_high}{' (does not act)' * (args.inner_epochs == 1)} | {dtype} on "
+              f"{world.size} x {world.device.type} | {out}" + f" | from step {done + 1}" * (done > 0),
+              flush=True)
 
     bar = tqdm(total=args.steps, initial=done, desc="stage 2", unit="step", disable=not world.main,
                dynamic_ncols=True)
@@ -292,8 +296,8 @@ def main(args):
         # step 1: tasks and tokens, the same on every rank; each rank takes its share of the groups
         chosen = shuffled(len(tasks), (step - 1) * args.prompts, args.prompts, args.seed)
         groups = [(i, draw_reward_tokens(args.reward_tokens, args.group, args.p_high,
-                                         random.Random(f"{args.seed} {step} {slot}"), args.token_draw == "exact"))
-                  for slot, i in enumerate(chosen)]
+                                         random.Random(f"{args.seed} {step} {slot}"),
+                                         exact=args.token_draw == "exact")) for slot, i in enumerate(chosen)]
         mine = list(enumerate(groups))[world.rank::world.size]
 
         # step 2: rollouts, from the whole copy
@@ -309,7 +313,7 @@ def main(args):
         tokens = torch.tensor([t.reward_token == "high" for t in trajectories], dtype=torch.long).view(shape)
         advantages = group_advantages(rewards, tokens if args.baseline == "token" else None,
                                       args.advantage_scale == "group").flatten()  # [B]
-        flat = (rewards == rewards[:, :1]).all(1).repeat_interleave(args.group)  # [B] of a zero-variance group
+        flat = (rewards == rewards[:, :1]).all(1).repeat_interleave(args.group)  # [B] group without variance
         kept = [b for b, t in enumerate(trajectories) if 1 in t.mask
                 and not (args.zero_variance == "drop" and flat[b])
                 and not (args.truncated == "mask" and t.reason in TRUNCATED)]
@@ -329,14 +333,16 @@ def main(args):
         clock.append(time.monotonic())
 
         # step 5: loss and update
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args.lr, args.warmup * args.steps, args.steps)
+        lr = learning_rate(step, args.lr, args.warmup * args.steps, args.steps)
+        optimizer.param_groups[0]["lr"] = lr
         norm, old_logps = 0.0, [None] * len(packs)
         for epoch in range(args.inner_epochs if count else 0):
             sums, largest_gap, at = dict.fromkeys(("loss", "kl", "entropy", "gap", "tokens"), 0.0), 0.0, -1
 
             def loss_of(p):
                 nonlocal largest_gap, at
-                logp, entropy = model.token_logprobs(p, policy.banned, args.temperature, entropy=True)  # [M] each
+                # [M] each
+                logp, entropy = model.token_logprobs(p, policy.banned, args.temperature, entropy=True)
                 if not len(logp):
                     return logp.sum()
                 at += 1
@@ -345,8 +351,9 @@ def main(args):
                 owners, lengths = torch.unique_consecutive(p.owner, return_counts=True)
 
                 def rows(flat):  # [M] -> [B, T], one row per rollout of this pack
-                    return None if flat is None else pad_sequence(flat.split(lengths.tolist()), batch_first=True)
-                loss, stats = policy_loss(rows(logp), rows(old_logps[at]), rows(ref_logps[at]), advantages[owners],
+                    return pad_sequence(flat.split(lengths.tolist()), batch_first=True)
+                loss, stats = policy_loss(rows(logp), rows(old_logps[at]),
+                                          rows(ref_logps[at]) if args.beta else None, advantages[owners],
                                           rows(torch.ones_like(logp)) > 0, args.clip_low, args.clip_high,
                                           args.beta, args.loss_average, count)
                 sampled = [x for i in owners.tolist() for x, m in zip(batch[i].logps, batch[i].mask) if m]
@@ -369,14 +376,16 @@ def main(args):
         if count:
             sums = {name: world.all_reduce(x) for name, x in sums.items()}
             n = sums.pop("tokens")
-            metrics |= {"loss": sums.pop("loss"), "sampling/sampling_logp_difference/mean": sums.pop("gap") / n,
+            metrics |= {"loss": sums.pop("loss"),
+                        "sampling/sampling_logp_difference/mean": sums.pop("gap") / n,
                         "sampling/sampling_logp_difference/max": max(world.gather([largest_gap])),
                         **{name: x / n for name, x in sums.items()}}
         seconds = dict(zip(("rollout", "reference", "update"), (b - a for a, b in zip(clock, clock[1:]))))
         work = world.all_reduce(flops(model, [p.layout for p in packs], loss_tokens)) * args.inner_epochs
         said = sum(sum(t.mask) for t in everyone)
         metrics |= {"grad_norm": norm, "learning_rate": lr, "num_tokens": said, "rollouts_in_loss": count,
-                    **{f"timing_s/{name}": x for name, x in seconds.items()}, "step_time": clock[-1] - clock[0],
+                    **{f"timing_s/{name}": x for name, x in seconds.items()},
+                    "step_time": clock[-1] - clock[0],
                     "perf/throughput": said / (clock[-1] - clock[0]),
                     "perf/mfu": work / seconds["update"] / rate / world.size,
                     "perf/max_memory_allocated_gb": peak_memory_gb(world)}
@@ -392,8 +401,9 @@ def main(args):
             metrics |= evaluate(policy, val_tasks, [judged], args, world)
             best = [metrics[f"eval/reward_{judged or 'none'}"]]
         logger.log(step, args.steps, metrics,
-                   ["reward", "rc/reward_high", "rc/reward_low", "rc/var_within_tokens", "rc/var_between_tokens",
-                    "frac_reward_zero_std", "kl", "entropy", "grad_norm", "eval/reward_high", "step_time"])
+                   ["reward", "rc/reward_high", "rc/reward_low", "rc/var_within_tokens",
+                    "rc/var_between_tokens", "frac_reward_zero_std", "kl", "entropy", "grad_norm",
+                    "eval/reward_high", "step_time"])
         bar.update()
         skipped = skipped_in_a_row(skipped, norm, step)
         if step == 1 and world.main:

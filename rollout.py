@@ -91,8 +91,8 @@ def attention(q, k, v, scale, past: int = 0):
 
 
 class _Blocks(torch.autograd.Function):
-    """`attention` on a CPU, where blocks of plain products are twice as fast as the flash kernel: it reaches a
-    sixth of their rate. The weights of a block are computed again in the backward pass. Batch 1."""
+    """`attention` on a CPU, where blocks of plain products are twice as fast as the flash kernel, which
+    reaches a sixth of their rate. A block's weights are computed again in the backward pass. Batch 1."""
     ROWS = 256  # query tokens of a block
 
     @staticmethod

@@ -189,12 +189,13 @@ def _pack(trajectories, members, prefix) -> Pack:
     return Pack(Packed(prefix, spans), *map(torch.tensor, (ids, positions, source, target, owner)))
 
 
-def token_logprobs(model, pack: Pack, banned, temperature: float = 1.0, entropy: bool = False, chunk: int = 512):
+def token_logprobs(model, pack: Pack, banned, temperature: float = 1.0, entropy: bool = False,
+                   chunk: int = 512):
     """Log-probs of the policy at every loss position, by one forward over the pack.
 
     model: causal LM with the `shared_prefix` attention; banned [V], temperature: as in the sampler.
-    Returns logp [M] with gradient and, if asked for, the entropies [M] without. The head runs on loss positions
-    only, `chunk` at a time and again in the backward pass: no [N, V] tensor exists."""
+    Returns logp [M] with gradient and, if asked for, the entropies [M] without. The head runs on loss
+    positions only, `chunk` at a time and again in the backward pass: no [N, V] tensor exists."""
     hidden = model.model(input_ids=pack.ids[None], position_ids=pack.positions[None], use_cache=False,
                          layout=pack.layout).last_hidden_state[0]  # [N, hidden]
     head = model.lm_head.weight.float()  # [V, hidden], once for all chunks
@@ -257,7 +258,8 @@ def compute_dtype(flag: str, device) -> torch.dtype:
 def shard(model, dtype: torch.dtype, world: World):
     """FSDP2 over all ranks: fp32 masters, `dtype` compute, fp32 reduction. Adds `model.token_logprobs`."""
     mesh = torch.distributed.init_device_mesh(world.device.type, (world.size,))
-    options = dict(mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    options = dict(mesh=mesh, reshard_after_forward=True,
+                   mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     for part in [*model.model.layers, model]:
         fully_shard(part, **options)
     model.token_logprobs = types.MethodType(token_logprobs, model)
@@ -309,8 +311,8 @@ def skipped_in_a_row(before: int, norm: float, step: int) -> int:
     """How many updates in a row were skipped. Errors: BfclError at the third."""
     skipped = 0 if math.isfinite(norm) else before + 1
     if skipped == 3:
-        raise BfclError(f"the gradients of steps {step - 2} to {step} were not finite; those updates were skipped: "
-                        "lower --lr, or look at the dump of the step")
+        raise BfclError(f"the gradients of steps {step - 2} to {step} were not finite; those updates were "
+                        "skipped: lower --lr, or look at the dump of the step")
     return skipped
 
 
@@ -321,7 +323,7 @@ def make_optimizer(model, lr: float):
 
 
 def learning_rate(step: int, peak: float, warmup: float, total: int, decay: int = 0) -> float:
-    """Of step 1, 2, ..., total: it rises over `warmup` steps, stays, and falls towards 0 in the last `decay`."""
+    """Of step 1, 2, ..., total: it rises over `warmup` steps, stays, falls towards 0 in the last `decay`."""
     return peak * min(1.0, step / max(1, int(warmup)), (total - step + 1) / max(1, decay))
 
 
@@ -384,18 +386,21 @@ def plan(model, args, packs: list[tuple[Packed, int]], acts: bool) -> dict:
     N, L, V = sum(p.numel() for p in model.parameters()), config.num_hidden_layers, config.vocab_size
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     HD, KD = (n * head_dim(config) for n in (config.num_attention_heads, config.num_key_value_heads))
-    kept = 16 * config.hidden_size + width * (4 * config.intermediate_size + 2 * (HD + KD))  # a token and layer
+    # of a token and layer
+    kept = 16 * config.hidden_size + width * (4 * config.intermediate_size + 2 * (HD + KD))
     if hasattr(model.model.layers[0].self_attn, "q_norm"):
         kept += 3 * width * (HD + KD)
 
     def activations(layout):
         tokens = layout.spans[-1][1] if layout.spans else layout.prefix
-        copies = 2 * width * KD * (len(layout.spans) * layout.prefix + tokens - layout.prefix)  # [prefix | branch]
+        # [prefix | branch] of each branch
+        copies = 2 * width * KD * (len(layout.spans) * layout.prefix + tokens - layout.prefix)
         if args.gradient_checkpointing:
             return L * width * config.hidden_size * tokens + kept * tokens + copies
         return L * (kept * tokens + copies)
     rows = min(512, max(n for _, n in packs))
-    parts = {"masters (fp32)": 4 * N / args.plan, "AdamW moments": 8 * N / args.plan, "gradients": 4 * N / args.plan,
+    parts = {"masters (fp32)": 4 * N / args.plan, "AdamW moments": 8 * N / args.plan,
+             "gradients": 4 * N / args.plan,
              "gathered weights": width * (2 * layer + N - L * layer) + 4 * (N - L * layer),
              "head on loss positions": 4 * V * (2 * config.hidden_size + 5 * rows),
              "activations": max(activations(layout) for layout, _ in packs)}
@@ -447,8 +452,8 @@ class Checkpointer:
     """checkpoints/step_000010/: masters, moments of AdamW and, as the mark that all is there, done.json.
 
     The distributed format, so that any number of ranks can read it. Written beside and renamed. It holds no
-    random state, since every draw of a run is a function of (seed, step, ...). Kept: the newest `keep` and the
-    one with the best score."""
+    random state, since every draw of a run is a function of (seed, step, ...). Kept: the newest `keep` and
+    the one with the best score."""
 
     def __init__(self, out: Path, model, optimizer, keep: int, world: World):
         self.folder, self.model, self.optimizer = out / "checkpoints", model, optimizer
@@ -523,8 +528,8 @@ class Interrupt:
 
 
 class MetricsLogger:
-    """One line a step in metrics.jsonl, the same numbers on one line of the console, and on request in Weights
-    & Biases or TensorBoard. A resumed run drops the lines of steps that will be made again."""
+    """One line a step in metrics.jsonl, the same numbers on one line of the console, and on request in
+    Weights & Biases or TensorBoard. A resumed run drops the lines of steps that will be made again."""
 
     def __init__(self, out: Path, world: World, done: int, args):
         self.world, self.track, path = world, None, out / "metrics.jsonl"
@@ -536,7 +541,8 @@ class MetricsLogger:
         self.file = open(path, "a")
         if args.tracker == "wandb":
             import wandb
-            wandb.init(project="rc-grpo", name=out.name, id=out.name, resume="allow", dir=out, config=vars(args))
+            wandb.init(project="rc-grpo", name=out.name, id=out.name, resume="allow", dir=out,
+                       config=vars(args))
             self.track = lambda step, metrics: wandb.log(metrics, step=step)
         elif args.tracker == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
@@ -605,7 +611,8 @@ def end_run(model, policy: Policy, out: Path, contract: dict, world: World, bega
         seconds = time.monotonic() - began
         write_json(out / "summary.json", {"seconds": seconds, "peak_memory_gb": peak_memory_gb(world)})
         partial.rename(final)  # last: a folder with model/ is a finished run
-        print(f"wrote {final} (step {contract['step']}) after {seconds / 60:.1f} minutes; next: {hint} {final}")
+        print(f"wrote {final} (step {contract['step']}) after {seconds / 60:.1f} minutes; next: {hint} "
+              f"{final}")
     dist.destroy_process_group()
 
 
@@ -929,12 +936,14 @@ def main(args):
     logger, interrupt = MetricsLogger(out, world, done, args), Interrupt(world)
     rate, skipped = matmul_rate(dtype, world.device), 0
     if world.main:
-        print(f"{marked(data[-1], policy.tokenizer)}\n\ndata: {source}; {left_out} too long\n{data_statistics(data)}")
+        print(f"{marked(data[-1], policy.tokenizer)}\n\ndata: {source}; {left_out} too long\n"
+              f"{data_statistics(data)}")
         print(f"stage 1: {args.model} | docs {args.docs}, style {style} | all that fit: {len(pairs)} of "
-              f"{len(tasks)} tasks | arm {args.arm}, {len(data)} trajectories | {steps} steps of {args.batch} "
-              f"trajectories | {dtype} on {world.size} x {world.device.type} | {out}"
+              f"{len(tasks)} tasks | arm {args.arm}, {len(data)} trajectories | {steps} steps of "
+              f"{args.batch} trajectories | {dtype} on {world.size} x {world.device.type} | {out}"
               + f" | from step {done + 1}" * (done > 0), flush=True)
-    bar = tqdm(total=steps, initial=done, desc="stage 1", unit="step", disable=not world.main, dynamic_ncols=True)
+    bar = tqdm(total=steps, initial=done, desc="stage 1", unit="step", disable=not world.main,
+               dynamic_ncols=True)
     for step in range(done + 1, steps + 1):
         start = time.monotonic()
         # step 3: epochs follow each other, pairs stay together and share a prefix; every rank takes its share
@@ -954,12 +963,13 @@ def main(args):
             loss = -logp.sum() / count
             total += loss.item()
             return loss
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args.lr, args.warmup * steps, steps, steps // 5)
+        lr = learning_rate(step, args.lr, args.warmup * steps, steps, decay=steps // 5)
+        optimizer.param_groups[0]["lr"] = lr
         norm = update(model, optimizer, packs[world.rank::world.size], loss_of, world, args.max_grad_norm)
         skipped = skipped_in_a_row(skipped, norm, step)
         seconds, tokens = time.monotonic() - start, sum(len(p.ids) for p in packs)
-        metrics = {"loss": world.all_reduce(total), "grad_norm": norm, "learning_rate": lr, "num_tokens": tokens,
-                   "step_time": seconds, "perf/throughput": tokens / seconds,
+        metrics = {"loss": world.all_reduce(total), "grad_norm": norm, "learning_rate": lr,
+                   "num_tokens": tokens, "step_time": seconds, "perf/throughput": tokens / seconds,
                    "perf/mfu": flops(model, [p.layout for p in packs], count) / seconds / rate / world.size,
                    "perf/max_memory_allocated_gb": peak_memory_gb(world)}
         if step == 1 and world.main:
@@ -973,8 +983,9 @@ def main(args):
             metrics |= evaluate(acting, val_tasks, TOKENS[args.arm], args, world)
             release_weights(acting.model)
             best = [metrics[f"eval/reward_{TOKENS[args.arm][0] or 'none'}"], -metrics["eval/loss"]]
-        logger.log(step, steps, metrics, ["loss", "grad_norm", "perf/throughput", "perf/mfu", "step_time",
-                                          "eval/loss", "eval/reward_high", "eval/reward_low", "eval/reward_none"])
+        logger.log(step, steps, metrics,
+                   ["loss", "grad_norm", "perf/throughput", "perf/mfu", "step_time", "eval/loss",
+                    "eval/reward_high", "eval/reward_low", "eval/reward_none"])
         bar.update()
         stop = interrupt.everywhere()
         if stop or best or args.save_every and step % args.save_every == 0:

@@ -369,7 +369,7 @@ def test_blocks_are_attention(S, past):
 
 
 def test_checkpoints(world, tmp_path):
-    """A checkpoint that is half written, the wrong one kept, or weights that come back without their moments."""
+    """A checkpoint half written, the wrong one kept, or weights that come back without their moments."""
     def fresh(seed):
         model = sft_rctp.shard(tiny_policy(seed=seed).model, torch.float32, world)
         optimizer = sft_rctp.make_optimizer(model, 1e-2)
@@ -509,7 +509,8 @@ def test_variance_parts():
     between = sum(b for _, b in parts) / len(parts)
     noise = p * (0.8 * 0.2 + 0.3 * 0.7) / G  # of the tokens' means, which the bound leaves out
     assert (G - 1) / G * p * (1 - p) * 0.5**2 < between < (G - 1) / G * p * (1 - p) * 0.5**2 + 2 * noise
-    assert rl_rcgrpo.variance_parts(torch.tensor([[1., 1., 0., 0.]]), torch.tensor([[1, 1, 0, 0]])) == (0, 0.25)
+    rewards, drawn = torch.tensor([[1., 1., 0., 0.]]), torch.tensor([[1, 1, 0, 0]])
+    assert rl_rcgrpo.variance_parts(rewards, drawn) == (0, 0.25)
 
 
 @pytest.mark.parametrize("average", ["sequence", "token"])
@@ -525,7 +526,7 @@ def test_policy_loss_against_a_loop(average):
     given = [x.detach().clone() for x in (logp, old, ref, advantages, mask)]
 
     def ours(x):
-        return rl_rcgrpo.policy_loss(x, old, ref, advantages, mask, 0.1, 0.3, beta=0.3, average=average, count=9)
+        return rl_rcgrpo.policy_loss(x, old, ref, advantages, mask, 0.1, 0.3, 0.3, average, count=9)
     loss, stats = ours(logp)
     expected, low, high = 0.0, 0, 0
     for j in range(B):
@@ -540,7 +541,8 @@ def test_policy_loss_against_a_loop(average):
                 high += rho > 1.3 and advantages[j] > 0
         expected += row / 9 / (mask[j].sum() if average == "sequence" else 1)
     assert torch.allclose(loss, expected) and low and high
-    assert stats["clip_ratio/low_mean"] == low / mask.sum() and stats["clip_ratio/high_mean"] == high / mask.sum()
+    assert stats["clip_ratio/low_mean"] == low / mask.sum()
+    assert stats["clip_ratio/high_mean"] == high / mask.sum()
     [a] = torch.autograd.grad(loss, logp, retain_graph=True)
     [b] = torch.autograd.grad(expected, logp)
     assert torch.allclose(a, b) and torch.autograd.gradcheck(lambda x: ours(x)[0], logp)
@@ -1484,7 +1486,8 @@ def pipeline(tmp_path_factory):
     """Stage 1, stage 2 and evaluation with the tiny model, as a user types them."""
     out = tmp_path_factory.mktemp("pipeline")
     tasks = ["--tasks", "multi_turn_base_139,multi_turn_base_50"]
-    sft = run("sft_rctp.py", "--model", "tiny", *tasks, "--out", out / "sft", "--steps", "2", "--lr", "1e-3", "--eval_every", "0")
+    sft = run("sft_rctp.py", "--model", "tiny", *tasks, "--out", out / "sft", "--steps", "2", "--lr", "1e-3",
+              "--eval_every", "0")
     assert sft.returncode == 0, sft.stderr[-2000:]
     rl = run("rl_rcgrpo.py", "--init", out / "sft/model", *tasks, "--out", out / "rl", "--steps", "2",
              "--prompts", "2", "--group", "3", "--max_turn_tokens", "12", "--dtype", "fp32", "--lr", "1e-3",
@@ -1581,8 +1584,8 @@ def test_another_run_is_not_overwritten(pipeline):
     done = run("sft_rctp.py", "--model", "tiny", "--out", pipeline[0] / "sft")
     assert done.returncode != 0 and "holds another run (--eval_every 0 there, 50 here" in done.stderr
     tasks = "multi_turn_base_139,multi_turn_base_50"
-    done = run("sft_rctp.py", "--model", "tiny", "--out", pipeline[0] / "sft", "--tasks", tasks, "--steps", "2",
-               "--lr", "1e-3", "--eval_every", "0")
+    done = run("sft_rctp.py", "--model", "tiny", "--out", pipeline[0] / "sft", "--tasks", tasks, "--steps",
+               "2", "--lr", "1e-3", "--eval_every", "0")
     assert done.returncode != 0 and "is finished" in done.stderr
 
 
@@ -1603,8 +1606,8 @@ def test_killed_runs_resume(pipeline, tmp_path, stage):
     command = (["sft_rctp.py", "--model", "tiny", "--batch", "3"] if stage == "sft" else
                ["-c", REWARDED, "rl_rcgrpo.py", "--init", str(pipeline[0] / "sft/model"), "--group", "3",
                 "--prompts", "1", "--max_turn_tokens", "9", "--dtype", "fp32", "--inner_epochs", "2"])
-    command += ["--tasks", "multi_turn_base_139,multi_turn_base_50", "--steps", "6", "--lr", "1e-3", "--save_every",
-                "1", "--eval_every", "2", "--eval_limit", "1", "--max_turn_tokens", "9"]
+    command += ["--tasks", "multi_turn_base_139,multi_turn_base_50", "--steps", "6", "--lr", "1e-3",
+                "--save_every", "1", "--eval_every", "2", "--eval_limit", "1", "--max_turn_tokens", "9"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "THP_MEM_ALLOC_ENABLE": "1"}
 
     def start(out):
@@ -1631,10 +1634,12 @@ def test_killed_runs_resume(pipeline, tmp_path, stage):
     said = cut.communicate(timeout=120)[0]
     assert cut.returncode == 0, said[-2000:]
     assert whole.wait(120) == 0
-    a, b = ({p.name: p.read_bytes() for p in (tmp_path / out / "model").iterdir()} for out in ("whole", "cut"))
+    a, b = ({p.name: p.read_bytes() for p in (tmp_path / out / "model").iterdir()}
+            for out in ("whole", "cut"))
     assert a == b
     a, b = ([{k: v for k, v in json.loads(line).items() if not re.search("time|timing|perf", k)}
-             for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()] for out in ("whole", "cut"))
+             for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
+            for out in ("whole", "cut"))
     assert a == b and [line["step"] for line in a] == [1, 2, 3, 4, 5, 6]
     if stage == "rl":
         assert a[0]["kl"] == 0 or a[0]["grad_norm"] > 0
@@ -1687,7 +1692,8 @@ def test_two_ranks_are_one(tmp_path):
     sft.append(metrics(2, "sft_rctp.py", *flags))
     rl = [metrics(n, "rl_rcgrpo.py", "--init", str(tmp_path / "model"), "--steps", "2",
                   "--prompts", "3", "--group", "3", "--max_turn_tokens", "9") for n in (1, 2)]
-    for (one, *others), names in ((sft, ["loss", "grad_norm"]), (rl, ["loss", "kl", "entropy", "num_tokens"])):
+    for (one, *others), names in ((sft, ["loss", "grad_norm"]),
+                                  (rl, ["loss", "kl", "entropy", "num_tokens"])):
         for a, b in [pair for two in others for pair in zip(one, two, strict=True)]:
             assert all(abs(a[name] - b[name]) <= 1e-5 * max(1, abs(a[name])) for name in names)
 
@@ -1700,7 +1706,8 @@ def official_rows(style):
     for task in TASKS:
         rng = random.Random(task.id)
         turns = sft_rctp.gold_calls(task)
-        turns = sft_rctp.corrupt(task, turns, rng.choice(sft_rctp.MISTAKES), rng) if rng.random() < 0.4 else turns
+        if rng.random() < 0.4:
+            turns = sft_rctp.corrupt(task, turns, rng.choice(sft_rctp.MISTAKES), rng)
         result = []
         for calls in turns:
             cut = rng.randint(0, len(calls))
