@@ -3,6 +3,7 @@
     python bench.py env        # milliseconds a verdict, against the official checker
     python bench.py sampler    # seconds for the same rollouts, against generate of transformers
     python bench.py train      # seconds and memory of a training step, against plain Hugging Face code
+    python bench.py step       # one step of stage 2, by phases
 """
 import argparse
 import contextlib
@@ -12,6 +13,8 @@ import io
 import json
 import random
 import statistics
+import sys
+import tempfile
 import time
 
 import bfcl_env
@@ -94,6 +97,22 @@ class FixedWorld:
         return bfcl_env.judge(self.task, [])
 
 
+def fixed_length(draw, chat, clock: list):
+    """`draw` with the stop token as the 64th of a message and no sooner; notes the time of each draw."""
+    def drawn(logits, uniform, greedy=False):
+        logits[:, [chat.stop_id, *chat.header_ids]] = float("-inf")
+        ids, logps = draw(logits, uniform, greedy)
+        clock.append(time.perf_counter())
+        return (ids.fill_(chat.stop_id) if len(clock) % TOKENS == 0 else ids), logps
+    return drawn
+
+
+def longest_like(chat, tokens: int):
+    """The base task whose opening with slim docs is nearest to so many tokens."""
+    return min(bfcl_env.load_tasks(["multi_turn_base"])[::10],
+               key=lambda task: abs(len(chat.opening(FixedWorld(task).messages(), "high")) - tokens))
+
+
 def bare_products(policy, rows: int, prefix: int, own: int) -> float:
     """Seconds of the matrix products of one decode step, and of nothing else, in a loop."""
     import torch
@@ -136,20 +155,12 @@ def bench_sampler(G: int = 8) -> dict:
 
     import rollout as R
     policy = R.load_policy(R.DEFAULT_MODEL)
-    chat, length = policy.chat, {}
-    for task in bfcl_env.load_tasks(["multi_turn_base"])[::10]:
-        length[task] = len(chat.opening(FixedWorld(task).messages(), "high"))
-    task = min(length, key=lambda task: abs(length[task] - 2400))
+    chat = policy.chat
+    task = longest_like(chat, 2400)
     prompt, result = chat.opening(FixedWorld(task).messages(), "high"), chat.following(
         [{"role": "tool", "content": RESULT}])
 
     draw, clock = R.draw, []
-
-    def timed_draw(logits, uniform, greedy=False):  # the stop token comes as the 64th of a message, no sooner
-        logits[:, [chat.stop_id, *chat.header_ids]] = float("-inf")
-        ids, logps = draw(logits, uniform, greedy)
-        clock.append(time.perf_counter())
-        return (torch.full_like(ids, chat.stop_id) if len(clock) % TOKENS == 0 else ids), logps
 
     def ours(G):
         clock.clear()
@@ -158,7 +169,7 @@ def bench_sampler(G: int = 8) -> dict:
                         max_turn_tokens=TOKENS + 1, max_len=4096)
         assert all(sum(t.mask) == MESSAGES * TOKENS for t in out)
         return time.perf_counter() - start
-    R.draw = timed_draw
+    R.draw = fixed_length(draw, chat, clock)
     seconds = {g: ours(g) for g in (1, 4, 16)}
     own = ours(G)
     decode = statistics.median(b - a for a, b in zip(clock, clock[1:]))
@@ -180,7 +191,7 @@ def bench_sampler(G: int = 8) -> dict:
                 ids = torch.cat([ids, torch.tensor([result] * G, device=policy.device)], 1)
         return time.perf_counter() - start
     kept, again = generate(True), generate(False)
-    tail = len(prompt) - length[task] + MESSAGES // 2 * (TOKENS + len(result))  # own tokens half-way
+    tail = MESSAGES // 2 * (TOKENS + len(result))  # own tokens half-way
     config = policy.model.config
     token_bytes = (2 * config.num_hidden_layers * config.num_key_value_heads * policy.model.dtype.itemsize
                    * config.hidden_size // config.num_attention_heads)
@@ -274,9 +285,37 @@ def bench_train() -> dict:
             "matmul_gflops": rate / 1e9, "mfu": operations / mine / rate, "grad_rel_err": error}
 
 
+def bench_step() -> dict:
+    """One step of rl_rcgrpo.py itself, by phases: one task, G rollouts of six messages of 64 tokens."""
+    import rl_rcgrpo
+    import rollout as R
+    policy, draw, lines, clock = R.load_policy(R.DEFAULT_MODEL), R.draw, {}, []
+    task = longest_like(policy.chat, 2400)
+    rl_rcgrpo.BfclEnv = lambda task, *_: FixedWorld(task)
+    R.draw = fixed_length(draw, policy.chat, clock)
+    with tempfile.TemporaryDirectory() as folder:
+        policy.model.save_pretrained(f"{folder}/model")
+        policy.tokenizer.save_pretrained(f"{folder}/model")
+        with open(f"{folder}/model/{R.CONTRACT}", "w") as f:
+            json.dump({"stage": "rctp", "tasks": []}, f)
+        for G in (4, 8, 16):
+            clock.clear()
+            sys.argv = ["rl_rcgrpo.py", *f"--init {folder}/model --out {folder}/{G} --tasks {task.id} --docs slim "
+                        f"--steps 1 --prompts 1 --group {G} --max_turn_tokens {TOKENS + 1} --max_len 4096 "
+                        f"--tokens_per_microbatch 16384 --save_every 0 --eval_every 0".split()]
+            rl_rcgrpo.main(rl_rcgrpo.parse_args())
+            with open(f"{folder}/{G}/metrics.jsonl") as f:
+                lines[G] = json.loads(f.read())
+            assert lines[G]["num_tokens"] == G * MESSAGES * TOKENS
+    phases = {name: lines[8][f"timing_s/{name}"] for name in ("rollout", "reference", "update")}
+    return {**phases, "step": lines[8]["step_time"], "G": 8, "mfu": lines[8]["perf/mfu"],
+            "peak_memory_gb": lines[8]["perf/max_memory_allocated_gb"],
+            "seconds_a_rollout": {G: line["step_time"] / G for G, line in lines.items()}}
+
+
 if __name__ == "__main__":
     bfcl_env.settle_environment()
     parser = argparse.ArgumentParser(description="Measure a claim of the README.")
-    benches = {"env": bench_env, "sampler": bench_sampler, "train": bench_train}
+    benches = {"env": bench_env, "sampler": bench_sampler, "train": bench_train, "step": bench_step}
     parser.add_argument("what", choices=benches)
     print(json.dumps(benches[parser.parse_args().what]()))

@@ -97,7 +97,8 @@ def parse_args():
                             "above 0")
         bfcl_env.check_model(args.init)
         bfcl_env.validation_tasks(args, bfcl_env.select_tasks(args))
-        bfcl_env.check_out(args)
+        if not args.plan:
+            bfcl_env.check_out(args)
     except BfclError as error:
         sys.exit(f"error: {error}")
     return args

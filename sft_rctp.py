@@ -74,7 +74,8 @@ def parse_args():
         for file in args.rollouts:
             if not Path(file).is_file():
                 raise BfclError(f"no file {file}: give --rollouts files such as runs/NAME/rollouts/*.jsonl")
-        bfcl_env.check_out(args)
+        if not args.plan:
+            bfcl_env.check_out(args)
     except BfclError as error:
         sys.exit(f"error: {error}")
     return args
