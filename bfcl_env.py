@@ -945,7 +945,7 @@ def check_out(args: argparse.Namespace) -> None:
     """Errors: BfclError if the run's folder holds a finished or another run, or cannot be written."""
     out = Path(args.out)
     if (out / "config.json").exists():
-        there = json.loads((out / "config.json").read_text())["args"]
+        there = json.loads((out / "config.json").read_text()).get("args", {})
         here = json.loads(json.dumps(vars(args)))
         free = {"resume", "save_every", "keep", "tracker", "kv_gb"}  # they change no weight
         other = [f"--{k} {there.get(k)!r} there, {here.get(k)!r} here" for k in sorted({*there, *here} - free)
@@ -964,13 +964,15 @@ def check_out(args: argparse.Namespace) -> None:
         raise BfclError(f"cannot write to {out} ({error.strerror}): give another folder with --out") from None
 
 
-def validation_tasks(args: argparse.Namespace, trained: list[Task]) -> list[Task]:
-    """--eval_limit tasks of the split's validation part. Errors: BfclError if one is also trained on."""
+def validation_tasks(args: argparse.Namespace, trained: set[str]) -> list[Task]:
+    """--eval_limit tasks of the split's validation part. Errors: BfclError if `trained` holds one's id."""
     if not args.eval_every:
         return []
+    if args.split == "paper":
+        raise BfclError("the paper's split has no validation part: add --eval_every 0")
     chosen = {**vars(args), "part": "val", "tasks": "", "limit": args.eval_limit}
     tasks = select_tasks(argparse.Namespace(**chosen))
-    if {task.id for task in tasks} & {task.id for task in trained}:
+    if {task.id for task in tasks} & trained:
         raise BfclError("validation tasks are among those trained on (--part or --tasks): add --eval_every 0")
     return tasks
 
@@ -1006,7 +1008,7 @@ def add_training_flags(parser: argparse.ArgumentParser, out: str):
     add("--out", default=out, help="folder of the run (default: %(default)s)")
     add("--lr", type=number(float, 0, 1), help="peak learning rate (default: %(default)s)")
     add("--warmup", default=0.05, type=number(float, 0, 1), help="share of the steps (default: %(default)s)")
-    add("--max_grad_norm", default=1.0, type=number(float, 0),
+    add("--max_grad_norm", default=1.0, type=number(float, 1e-9),
         help="of the clipped gradient (default: %(default)s)")
     add("--tokens_per_microbatch", default=8192, type=number(int, 64),
         help="tokens a forward (default: %(default)s)")
@@ -1017,7 +1019,7 @@ def add_training_flags(parser: argparse.ArgumentParser, out: str):
     add("--resume", default="auto", choices=("auto", "never"),
         help="auto: go on with the run that --out holds (default: %(default)s)")
     add("--save_every", default=50, type=number(int, 0),
-        help="steps; 0: no checkpoints (default: %(default)s)")
+        help="steps between checkpoints, beside those of evaluations; 0: only those (default: %(default)s)")
     add("--keep", default=1, type=number(int, 1),
         help="newest checkpoints to keep, beside the best (default: %(default)s)")
     add("--eval_every", default=50, type=number(int, 0),

@@ -71,7 +71,11 @@ def parse_args():
     bfcl_env.add_training_flags(parser, "runs/rl_rcgrpo")
     bfcl_env.add_sampling_flags(parser)
     bfcl_env.add_world_flags(parser)
-    parser.set_defaults(**PRESETS[parser.parse_known_args()[0].preset])
+    parser.set_defaults(**PRESETS["notes"])  # for --help
+    chosen = parser.parse_known_args()[0]
+    parser.set_defaults(**PRESETS[chosen.preset])
+    if chosen.preset == "appendix" and chosen.reward_tokens != "mixed":
+        parser.set_defaults(batch=64)  # of its plain GRPO
     args = parser.parse_args()
     args.prompts = args.prompts or -(-args.batch // args.group)
     try:
@@ -96,7 +100,8 @@ def parse_args():
             raise BfclError("--temperature 0 is greedy: all rollouts of a group would be alike; give one "
                             "above 0")
         bfcl_env.check_model(args.init)
-        bfcl_env.validation_tasks(args, bfcl_env.select_tasks(args))
+        trained = {*contract.get("tasks", ()), *(task.id for task in bfcl_env.select_tasks(args))}
+        bfcl_env.validation_tasks(args, trained)
         if not args.plan:
             bfcl_env.check_out(args)
     except BfclError as error:
@@ -110,16 +115,19 @@ if __name__ == "__main__":
     ARGS = parse_args()
 
 import torch
+import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from rollout import checksum, load_policy, rollout, sampling, show, split_fitting
 from sft_rctp import (Checkpointer, Interrupt, MetricsLogger, Packed, compute_dtype, copy_weights, end_run,
-                      evaluate, flops, learning_rate, make_optimizer, matmul_rate, pack, peak_memory_gb, plan,
-                      plot_curves, release_weights, shard, shuffled, skipped_in_a_row, start_run, start_world,
-                      token_logprobs, update, write_json)
+                      evaluate, fitting_validation, flops, learning_rate, make_optimizer, matmul_rate, pack,
+                      peak_memory_gb, pinned, plan, plot_curves, release_weights, run_main, shard, shuffled,
+                      skipped_in_a_row, start_run, start_world, token_logprobs, update)
 
 TRUNCATED = ("turn_tokens", "total_tokens", "context")
+SUMS = ("loss", "tokens", "entropy", "gap", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean",
+        "clip_ratio/region_mean")  # over tokens; every rank has all of them, in this order
 CURVES = ["reward", "rc/reward_high", "rc/reward_low", "rc/var_within_tokens", "rc/var_between_tokens",
           "frac_reward_zero_std", "kl", "entropy", "grad_norm", "eval/reward_high"]
 
@@ -238,22 +246,25 @@ def group_metrics(trajectories, G: int, p_high: float) -> dict:
 
 
 def main(args):
-    began = time.monotonic()
     if args.plan:  # every group at its longest
         policy, tasks = load_policy(args.init, device="meta"), bfcl_env.select_tasks(args)
         style = policy.style(args.style)
+        some, _ = split_fitting(policy, tasks[::math.ceil(len(tasks) / 32)],
+                                lambda task: BfclEnv(task, args.docs, style, args.protocol), args.max_len)
         P = max(len(policy.chat.opening(BfclEnv(task, args.docs, style, args.protocol).messages(), "high"))
-                for task in tasks[::math.ceil(len(tasks) / 32)])
-        own = min(args.max_total_tokens, args.max_len - P)
+                for task in some)
+        own = min(args.max_len, policy.max_len) - P  # sampled tokens and results
         size = max(1, min(args.group, (args.tokens_per_microbatch - P) // own))  # branches of a pack
-        layout = Packed(P, [(P + i * own, P + (i + 1) * own) for i in range(size)])
-        plan(policy.model, args, [(layout, size * own)] * (args.prompts * args.group // size), acts=True)
+        counts = [size] * (args.group // size) + [args.group % size] * (args.group % size > 0)
+        packs = [(Packed(P, [(P + i * own, P + (i + 1) * own) for i in range(n)]),
+                  n * min(own, args.max_total_tokens)) for n in counts]
+        plan(policy.model, args, packs * args.prompts, acts=True, reference=args.beta > 0)
         return
     world = start_world()
     out = start_run(args, world)
     (out / "rollouts").mkdir(exist_ok=True)
     tasks = bfcl_env.select_tasks(args)
-    val_tasks = bfcl_env.validation_tasks(args, tasks)
+    val_tasks = bfcl_env.validation_tasks(args, {task.id for task in tasks})
     dtype = compute_dtype(args.dtype, world.device)
 
     # The acting policy is one whole copy in the compute dtype; the learning one is sharded, its masters fp32.
@@ -265,13 +276,9 @@ def main(args):
         policy, tasks, lambda task: BfclEnv(task, args.docs, style, args.protocol), args.max_len)
     reference = ({name: p.detach().cpu().clone() for name, p in policy.model.named_parameters()}
                  if args.beta else None)
-    origin = out / "reference.json"
-    if world.main and not origin.exists():
-        write_json(origin, {"init": args.init, "weights": checksum(policy.model)})
-    elif world.main and json.loads(origin.read_text())["weights"] != checksum(policy.model):
-        raise BfclError(f"the weights in {args.init} are not those that the run in {out} began with: give a "
-                        "new folder with --out")
-    model = load_policy(args.init, dtype=torch.float32, device=str(world.device)).model
+    pinned(out, "reference", checksum(policy.model), world)
+    val_tasks = fitting_validation(policy, val_tasks, args) if val_tasks else []
+    model = load_policy(args.init, dtype=torch.float32, device="cpu").model  # sharding moves each rank's part
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model = shard(model, dtype, world)
@@ -280,13 +287,13 @@ def main(args):
     done = checkpoints.load()
     copy_weights(policy.model, model)
     logger, interrupt = MetricsLogger(out, world, done, args), Interrupt(world)
-    rate, skipped = matmul_rate(dtype, world.device), 0
+    rate, skipped, in_a_row = matmul_rate(dtype, world.device), 0, 0
     if world.main:
         print(f"stage 2: {args.init} | docs {args.docs}, style {style} | all that fit: {len(tasks)} of "
               f"{len(tasks) + left_out} tasks | {args.steps} steps of {args.prompts} tasks x {args.group} "
-              f"rollouts, tokens {args.reward_tokens} | reward {args.reward} | beta {args.beta}, lr {args.lr} | "
-              f"clip {args.clip_low}/{args.clip_high}{' (does not act)' * (args.inner_epochs == 1)} | {dtype} on "
-              f"{world.size} x {world.device.type} | {out}" + f" | from step {done + 1}" * (done > 0),
+              f"rollouts, tokens {args.reward_tokens} | reward {args.reward} | "
+              f"beta {args.beta}, lr {args.lr} | clip {args.clip_low}/{args.clip_high}"
+              f"{' (does not act)' * (args.inner_epochs == 1)} | {dtype} on {world.size} x {world.device.type} | {out}" + f" | from step {done + 1}" * (done > 0),
               flush=True)
 
     bar = tqdm(total=args.steps, initial=done, desc="stage 2", unit="step", disable=not world.main,
@@ -307,6 +314,8 @@ def main(args):
                                [(args.seed, step, slot, j) for slot, _ in mine for j in range(args.group)],
                                progress="rollouts" if world.main else None, **sampling(args))
         clock.append(time.monotonic())
+        dist.barrier()
+        clock.append(time.monotonic())
 
         # step 3: rewards and advantages; what takes part in the update
         shape = (len(mine), args.group)  # [S, G] of this rank, whose S may be 0
@@ -314,7 +323,7 @@ def main(args):
         tokens = torch.tensor([t.reward_token == "high" for t in trajectories], dtype=torch.long).view(shape)
         advantages = group_advantages(rewards, tokens if args.baseline == "token" else None,
                                       args.advantage_scale == "group").flatten()  # [B]
-        flat = (rewards == rewards[:, :1]).all(1).repeat_interleave(args.group)  # [B] group without variance
+        flat = (advantages.view(shape) == 0).all(1).repeat_interleave(args.group)  # [B] no variance
         kept = [b for b, t in enumerate(trajectories) if 1 in t.mask
                 and not (args.zero_variance == "drop" and flat[b])
                 and not (args.truncated == "mask" and t.reason in TRUNCATED)]
@@ -336,9 +345,9 @@ def main(args):
         # step 5: loss and update
         lr = learning_rate(step, args.lr, args.warmup * args.steps, args.steps)
         optimizer.param_groups[0]["lr"] = lr
-        norm, old_logps = 0.0, [None] * len(packs)
+        norms, old_logps = [0.0], [None] * len(packs)
         for epoch in range(args.inner_epochs if count else 0):
-            sums, largest_gap, at = dict.fromkeys(("loss", "kl", "entropy", "gap", "tokens"), 0.0), 0.0, -1
+            sums, largest_gap, at = dict.fromkeys(SUMS, 0.0), 0.0, -1
 
             def loss_of(p):
                 nonlocal largest_gap, at
@@ -362,10 +371,12 @@ def main(args):
                 largest_gap = max(largest_gap, difference.max().item())
                 parts = {"loss": loss.detach(), "entropy": entropy.sum(), "gap": difference.sum(),
                          "tokens": len(logp), **{name: x * len(logp) for name, x in stats.items()}}
-                for name, x in parts.items():
-                    sums[name] = sums.get(name, 0.0) + float(x)
+                for name in SUMS:
+                    sums[name] += float(parts[name])
                 return loss
-            norm = update(model, optimizer, packs, loss_of, world, args.max_grad_norm)
+            norms.append(update(model, optimizer, packs, loss_of, world, args.max_grad_norm))
+        norm = next((n for n in norms if not math.isfinite(n)), norms[-1])
+        skipped += not math.isfinite(norm)
         copy_weights(policy.model, model)
         clock.append(time.monotonic())
 
@@ -381,10 +392,14 @@ def main(args):
                         "sampling/sampling_logp_difference/mean": sums.pop("gap") / n,
                         "sampling/sampling_logp_difference/max": max(world.gather([largest_gap])),
                         **{name: x / n for name, x in sums.items()}}
-        seconds = dict(zip(("rollout", "reference", "update"), (b - a for a, b in zip(clock, clock[1:]))))
+            if not args.beta:
+                metrics.pop("kl")
+        phases = ("rollout", "wait", "reference", "update")
+        seconds = dict(zip(phases, (b - a for a, b in zip(clock, clock[1:]))))
         work = world.all_reduce(flops(model, [p.layout for p in packs], loss_tokens)) * args.inner_epochs
         said = sum(sum(t.mask) for t in everyone)
-        metrics |= {"grad_norm": norm, "learning_rate": lr, "num_tokens": said, "rollouts_in_loss": count,
+        metrics |= {"grad_norm": norm, "learning_rate": lr, "num_tokens": said, "skipped_updates": skipped,
+                    "rollouts_in_loss": int(world.all_reduce(len(batch))),
                     **{f"timing_s/{name}": x for name, x in seconds.items()},
                     "step_time": clock[-1] - clock[0],
                     "perf/throughput": said / (clock[-1] - clock[0]),
@@ -406,7 +421,7 @@ def main(args):
                     "rc/var_between_tokens", "frac_reward_zero_std", "kl", "entropy", "grad_norm",
                     "eval/reward_high", "step_time"])
         bar.update()
-        skipped = skipped_in_a_row(skipped, norm, step)
+        in_a_row = skipped_in_a_row(in_a_row, norm, step)
         if step == 1 and world.main:
             tqdm.write(f"about {metrics['step_time'] * args.steps / 60:.1f} minutes for {args.steps} steps")
         stop = interrupt.everywhere()
@@ -423,11 +438,8 @@ def main(args):
     contract = {**policy.contract, "stage": "rcgrpo", "init": args.init, "step": step, "tasks": seen,
                 "reward_tokens": args.reward_tokens, "baseline": args.baseline, "seed": args.seed,
                 "steps": args.steps, "rollouts": args.steps * args.prompts * args.group}
-    end_run(model, policy, out, contract, world, began, CURVES, "python eval_bfcl.py --ckpt")
+    end_run(model, policy, out, contract, world, logger.began, CURVES, "python eval_bfcl.py --ckpt")
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGS)
-    except BfclError as error:
-        sys.exit(f"error: {error}")
+    run_main(main, ARGS)

@@ -264,6 +264,10 @@ class Chat:
             raise bfcl_env.BfclError("this model's chat template cannot be rendered piece by piece: take a "
                                      "Llama-3, Qwen2, Qwen3 or SmolLM2 style instruct model")
 
+    def fingerprint(self) -> str:
+        """Which template this is: another one would render other prompts than those trained on."""
+        return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
+
     def takes_tools(self) -> bool:
         """Whether the template renders `tools` (then calls are written as JSON, see --style auto)."""
         return "tools" in str(self.tokenizer.chat_template)
@@ -410,8 +414,10 @@ def make_policy(name: str, model, tokenizer) -> Policy:
     if contract.get("reward_ids", reward_ids) != reward_ids:
         raise bfcl_env.BfclError(f"{name}: its {CONTRACT} names the reward tokens {contract['reward_ids']}, "
                                  f"its tokenizer {reward_ids}: the directory mixes two models")
-    return Policy(name, model.eval(), tokenizer, Chat(tokenizer), reward_ids, banned.to(model.device),
-                  contract)
+    chat = Chat(tokenizer)
+    if contract.get("template_sha256", chat.fingerprint()) != chat.fingerprint():
+        raise bfcl_env.BfclError(f"{name}: its chat template is not the one that it was trained with")
+    return Policy(name, model.eval(), tokenizer, chat, reward_ids, banned.to(model.device), contract)
 
 
 def head_dim(config) -> int:

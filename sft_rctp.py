@@ -17,7 +17,10 @@ Axes: N tokens of one pack, M loss positions, H query heads, K key/value heads, 
 """
 import argparse
 import dataclasses
+import datetime
+import errno
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -28,6 +31,7 @@ import resource
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import time
 import types
@@ -65,12 +69,12 @@ def parse_args():
     bfcl_env.add_training_flags(parser, "runs/sft_rctp")
     bfcl_env.add_sampling_flags(parser)  # of the evaluations
     bfcl_env.add_world_flags(parser)
-    chosen = parser.parse_known_args()[0]
-    parser.set_defaults(**PRESETS[chosen.preset])
+    parser.set_defaults(**PRESETS["notes"])  # for --help
+    parser.set_defaults(**PRESETS[parser.parse_known_args()[0].preset])
     args = parser.parse_args()
     try:
         bfcl_env.check_model(args.model)
-        bfcl_env.validation_tasks(args, bfcl_env.select_tasks(args))
+        bfcl_env.validation_tasks(args, {task.id for task in bfcl_env.select_tasks(args)})
         for file in args.rollouts:
             if not Path(file).is_file():
                 raise BfclError(f"no file {file}: give --rollouts files such as runs/NAME/rollouts/*.jsonl")
@@ -96,7 +100,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from rollout import (CONTRACT, Policy, Trajectory, answer, attention, checksum, default_dtype, head_dim,
-                     load_policy, masked_logits, piece, rollout, sampling, score)
+                     load_policy, masked_logits, piece, rollout, sampling, score,
+                     split_fitting)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -241,7 +246,9 @@ class World:
 def start_world() -> World:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     options = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", **options)
+    # Ranks end their rollouts at different times: minutes, not the default 10, may lie between them.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+                            timeout=datetime.timedelta(days=1), **options)
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
     if kind == "cuda":
         torch.cuda.set_device(device)
@@ -295,13 +302,18 @@ def with_idle(packs: list[Pack], world: World) -> list[Pack]:
 
 
 def update(model, optimizer, packs: list[Pack], loss_of, world: World, max_grad_norm: float) -> float:
-    """One optimizer step over this rank's packs, skipped if the gradient is not finite; returns its norm.
+    """One optimizer step over this rank's packs; returns the gradient's norm. If that or the loss is not
+    finite the step is skipped.
 
     loss_of(pack) -> scalar whose sum over the packs of all ranks is the loss: the gradient depends neither on
     how the packs are cut nor on how many ranks there are."""
+    total = 0.0
     for p in with_idle(packs, world):
-        (loss_of(p) * world.size).backward()  # FSDP averages over ranks, this is a sum
+        loss = loss_of(p)
+        total += loss.item()
+        (loss * world.size).backward()  # FSDP averages over ranks, this is a sum
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).full_tensor().item()
+    norm = norm if math.isfinite(world.all_reduce(total)) else math.nan
     if math.isfinite(norm):  # the same number on every rank
         optimizer.step()
     optimizer.zero_grad()
@@ -313,7 +325,7 @@ def skipped_in_a_row(before: int, norm: float, step: int) -> int:
     skipped = 0 if math.isfinite(norm) else before + 1
     if skipped == 3:
         raise BfclError(f"the gradients of steps {step - 2} to {step} were not finite; those updates were "
-                        "skipped: lower --lr, or look at the dump of the step")
+                        "skipped: lower --lr, or look at what those steps logged")
     return skipped
 
 
@@ -376,13 +388,15 @@ def peak_memory_gb(world: World) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def plan(model, args, packs: list[tuple[Packed, int]], acts: bool) -> dict:
+def plan(model, args, packs: list[tuple[Packed, int]], acts: bool, reference: bool = False) -> dict:
     """Bytes a rank by part, their peak, and operations a step, printed for a run on args.plan ranks.
 
     model: on the meta device; packs: (layout, loss tokens) of one step; acts: whether a whole copy makes
-    rollouts (and serves the reference), for which --kv_gb is the most. Activations are counted as autograd
+    rollouts, for which --kv_gb is the most; reference: whether another waits in host memory. More than one
+    rank means GPUs. Activations are counted as autograd
     keeps them for a Llama layer: 16 bytes a hidden unit (the two norms, in fp32), twice the rest."""
-    config, device = model.config, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = model.config
+    device = torch.device("cuda" if torch.cuda.is_available() or args.plan > 1 else "cpu")
     width = compute_dtype(args.dtype, device).itemsize
     N, L, V = sum(p.numel() for p in model.parameters()), config.num_hidden_layers, config.vocab_size
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
@@ -411,7 +425,7 @@ def plan(model, args, packs: list[tuple[Packed, int]], acts: bool) -> dict:
         parts |= {"rollout / reference copy": width * N, "KV cache, at most": args.kv_gb * 2**30}
     rollouts = held + sum(list(parts.values())[6:])
     host = 0.6 * 2**30 * (device.type == "cpu")  # Python and its libraries
-    host += width * N * (device.type == "cpu" and acts)  # the reference
+    host += width * N * (device.type == "cpu" and reference)
     work = flops(model, [layout for layout, _ in packs], sum(n for _, n in packs))
     out = {"parameters": N, "bytes": parts, "peak_bytes": max(update, rollouts) + host, "flops": work,
            "flops_a_rank": work / args.plan, "ranks": args.plan}
@@ -433,13 +447,25 @@ def start_run(args, world: World) -> Path:
     out = Path(args.out)
     if world.main and not (out / "config.json").exists():
         out.mkdir(parents=True, exist_ok=True)
-        config = {"command": Path(sys.argv[0]).name, "args": vars(args),
+        commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], text=True,
+                                capture_output=True).stdout.strip()
+        config = {"command": Path(sys.argv[0]).name, "args": vars(args), "commit": commit,
                   "data_sha256": bfcl_env.data_sha256(), "world_size": world.size,
                   "device": str(world.device),
                   "versions": {name: version(name) for name in ("torch", "transformers", "bfcl-eval")}}
         write_json(out / "config.json", config)
     dist.barrier()
     return out
+
+
+def pinned(out: Path, name: str, value: str, world: World) -> None:
+    """Note a hash at the run's start. Errors: BfclError, on every rank, if a resumed run has another one."""
+    path = out / f"{name}.json"
+    if world.main and not path.exists():
+        write_json(path, value)
+    dist.barrier()
+    if set(world.gather([value])) != {json.loads(path.read_text())}:
+        raise BfclError(f"the {name} is not what the run in {out} began with: give a new folder with --out")
 
 
 def write_json(path: Path, value) -> None:
@@ -477,7 +503,7 @@ class Checkpointer:
 
     def save(self, step: int, score: list | None = None) -> None:
         final = self.folder / f"step_{step:06d}"
-        partial = final.with_suffix(".partial")
+        partial, failed = final.with_suffix(".partial"), None
         try:
             dcp.save(self._state(), checkpoint_id=partial)
             if self.world.main:
@@ -485,15 +511,18 @@ class Checkpointer:
                 shutil.rmtree(final, ignore_errors=True)
                 partial.rename(final)
         except (OSError, dcp.api.CheckpointException) as error:
+            failed = str(error).strip().splitlines()[-1]
+        if failures := [text for text in self.world.gather([failed]) if text]:  # on any rank
             if self.world.main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise BfclError(f"the checkpoint of step {step} cannot be written to {self.folder}: "
-                            f"{str(error).strip().splitlines()[-1]}; older ones are untouched, make room and "
-                            "type the same command again") from error
-        dist.barrier()
+                            f"{failures[0]}; older ones are untouched, make room and type the same command "
+                            "again")
+        if not self.world.main:
+            return
         done = self.finished()
         kept = {c["step"] for c in done[-self.keep:]} | {c["step"] for c in self.best(done)}
-        for old in (c["step"] for c in done if c["step"] not in kept and self.world.main):
+        for old in (c["step"] for c in done if c["step"] not in kept):
             (self.folder / f"step_{old:06d}/done.json").unlink()  # first the mark, then the rest
             shutil.rmtree(self.folder / f"step_{old:06d}")
 
@@ -503,11 +532,17 @@ class Checkpointer:
 
     def load(self, best: bool = False) -> int:
         """Fill model and optimizer from the newest or the best; returns its step, 0 if there is none."""
-        done = self.finished()
-        done = self.best(done) if best else done[-1:]
-        if done:
-            dcp.load(self._state(), checkpoint_id=self.folder / f"step_{done[0]['step']:06d}")
-        return done[0]["step"] if done else 0
+        found = [0]
+        if self.world.main:  # one rank looks
+            for path in self.folder.glob("step_*"):  # what a kill left, while saving or removing
+                if not (path / "done.json").exists() or path.suffix == ".partial":
+                    shutil.rmtree(path)
+            done = self.finished()
+            found = [c["step"] for c in (self.best(done) if best else done[-1:])] or [0]
+        dist.broadcast_object_list(found)
+        if found[0]:
+            dcp.load(self._state(), checkpoint_id=self.folder / f"step_{found[0]:06d}")
+        return found[0]
 
 
 class Interrupt:
@@ -533,17 +568,18 @@ class MetricsLogger:
     Weights & Biases or TensorBoard. A resumed run drops the lines of steps that will be made again."""
 
     def __init__(self, out: Path, world: World, done: int, args):
-        self.world, self.track, path = world, None, out / "metrics.jsonl"
+        self.world, self.track, path, self.began = world, None, out / "metrics.jsonl", time.monotonic()
         if not world.main:
             return
         lines = path.read_text().splitlines()[:done] if path.exists() else []
+        self.began -= json.loads(lines[-1])["time"] if lines else 0.0  # of the processes before
         path.with_suffix(".partial").write_text("".join(line + "\n" for line in lines))
         path.with_suffix(".partial").replace(path)
         self.file = open(path, "a")
         if args.tracker == "wandb":
             import wandb
-            wandb.init(project="rc-grpo", name=out.name, id=out.name, resume="allow", dir=out,
-                       config=vars(args))
+            wandb.init(project="rc-grpo", name=out.name, id=str(out).replace("/", "-"), resume="allow",
+                       dir=out, config=vars(args))
             self.track = lambda step, metrics: wandb.log(metrics, step=step)
         elif args.tracker == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
@@ -553,7 +589,8 @@ class MetricsLogger:
 
     def log(self, step: int, total: int, metrics: dict, shown: list[str]) -> None:
         if self.world.main:
-            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+            line = {"step": step, **metrics, "time": time.monotonic() - self.began}
+            self.file.write(json.dumps(line) + "\n")
             self.file.flush()
             values = " | ".join(f"{name.split('/')[-1]} {metrics[name]:.4g}"
                                 for name in shown if name in metrics)
@@ -590,13 +627,24 @@ def evaluate(policy: Policy, tasks, tokens: list[str | None], args, world: World
                if name in figures}
     if {"high", "low"} <= set(figures):
         rewards["eval/mode_gap"] = figures["high"]["reward"] - figures["low"]["reward"]
-    return {**rewards, "eval/n": len(tasks), "eval/weights": checksum(policy.model)}
+    return {**rewards, "eval/n": len(tasks), "eval/weights": checksum(policy.model)[:12]}
+
+
+def fitting_validation(policy: Policy, tasks, args) -> list:
+    """The validation tasks that fit the context, since the others could only fail."""
+    style = policy.style(args.style)
+    tasks, left_out = split_fitting(
+        policy, tasks, lambda task: BfclEnv(task, args.docs, style, args.protocol), args.max_len)
+    if left_out:
+        print(f"validation: all that fit: {len(tasks)} of {len(tasks) + left_out} tasks", flush=True)
+    return tasks
 
 
 def end_run(model, policy: Policy, out: Path, contract: dict, world: World, began: float, curves: list[str],
             hint: str) -> None:
     """Write out/model, a plain Hugging Face directory (fp32) with the reward tokens in its tokenizer and the
-    contract for the next stage; the curves; what the run took. `began`: its start on the monotonic clock."""
+    contract for the next stage; the curves; what the run took. `began`: its start on the monotonic clock,
+    `MetricsLogger.began`."""
     state = {}
     for name, p in model.named_parameters():
         whole = p.full_tensor().detach()
@@ -605,6 +653,9 @@ def end_run(model, policy: Policy, out: Path, contract: dict, world: World, bega
     if world.main:
         partial, final = out / "model.partial", out / "model"
         shutil.rmtree(partial, ignore_errors=True)
+        if policy.model is not model:  # an acting copy: the export is fp32 and must say so
+            for p in policy.model.parameters():
+                p.data = torch.empty(0)
         policy.model.save_pretrained(partial, state_dict=state)
         policy.tokenizer.save_pretrained(partial)
         write_json(partial / CONTRACT, contract)
@@ -896,21 +947,21 @@ def mean_loss(model, packs: list[Pack], banned, world: World) -> float:
 
 
 def main(args):
-    began = time.monotonic()
     if args.plan:
         policy, tasks = load_policy(args.model, device="meta"), bfcl_env.select_tasks(args)
         some = tasks[::math.ceil(len(tasks) / max(32, args.batch // 2))]  # whose lengths stand for all
         batch = [t for pair in stage1_data(policy, some, args)[0] for t in pair][:args.batch]
         packs = [(p.layout, len(p.target)) for p in pack(batch, args.tokens_per_microbatch)]
-        plan(policy.model, args, packs, acts=False)
+        plan(policy.model, args, packs, acts=bool(args.eval_every))
         return
     world = start_world()
     out = start_run(args, world)
     tasks = bfcl_env.select_tasks(args)
-    val_tasks = bfcl_env.validation_tasks(args, tasks)
+    val_tasks = bfcl_env.validation_tasks(args, {task.id for task in tasks})
     torch.manual_seed(args.seed)  # of the tiny model's weights, nothing else draws from it
-    policy = load_policy(args.model, dtype=torch.float32, device=str(world.device))
-    banned, style, dtype = policy.banned, policy.style(args.style), compute_dtype(args.dtype, world.device)
+    policy = load_policy(args.model, dtype=torch.float32, device="cpu")  # sharding moves each rank's part
+    banned, style = policy.banned.to(world.device), policy.style(args.style)
+    dtype = compute_dtype(args.dtype, world.device)
 
     # steps 1 and 2: data
     pairs, left_out, source = stage1_data(policy, tasks, args)
@@ -921,9 +972,12 @@ def main(args):
     written = argparse.Namespace(**{**vars(args), "rollouts": []})
     val_packs = pack([t for pair in stage1_data(policy, val_tasks, written)[0] for t in pair],
                      args.tokens_per_microbatch)
+    val_tasks = fitting_validation(policy, val_tasks, args) if val_tasks else []
     if val_tasks and not val_packs:
-        raise BfclError(f"no validation task fits --max_len {args.max_len}: raise it, or add --eval_every 0")
+        raise BfclError(f"no validation trajectory fits --max_len {args.max_len}: raise it or add "
+                        "--eval_every 0")
     data = [t for pair in pairs for t in pair]
+    pinned(out, "data", hashlib.sha256(str([dtype, *(t.ids for t in data)]).encode()).hexdigest(), world)
     steps = args.steps or args.epochs * math.ceil(2 * len(pairs) / args.batch)
     if args.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable()
@@ -935,7 +989,7 @@ def main(args):
     checkpoints = Checkpointer(out, model, optimizer, args.keep, world)
     done = checkpoints.load()
     logger, interrupt = MetricsLogger(out, world, done, args), Interrupt(world)
-    rate, skipped = matmul_rate(dtype, world.device), 0
+    rate, skipped, in_a_row = matmul_rate(dtype, world.device), 0, 0
     if world.main:
         print(f"{marked(data[-1], policy.tokenizer)}\n\ndata: {source}; {left_out} too long\n"
               f"{data_statistics(data)}")
@@ -967,10 +1021,11 @@ def main(args):
         lr = learning_rate(step, args.lr, args.warmup * steps, steps, decay=steps // 5)
         optimizer.param_groups[0]["lr"] = lr
         norm = update(model, optimizer, packs[world.rank::world.size], loss_of, world, args.max_grad_norm)
-        skipped = skipped_in_a_row(skipped, norm, step)
+        skipped += not math.isfinite(norm)
         seconds, tokens = time.monotonic() - start, sum(len(p.ids) for p in packs)
         metrics = {"loss": world.all_reduce(total), "grad_norm": norm, "learning_rate": lr,
-                   "num_tokens": tokens, "step_time": seconds, "perf/throughput": tokens / seconds,
+                   "num_tokens": tokens, "skipped_updates": skipped, "step_time": seconds,
+                   "perf/throughput": tokens / seconds,
                    "perf/mfu": flops(model, [p.layout for p in packs], count) / seconds / rate / world.size,
                    "perf/max_memory_allocated_gb": peak_memory_gb(world)}
         if step == 1 and world.main:
@@ -988,6 +1043,7 @@ def main(args):
                    ["loss", "grad_norm", "perf/throughput", "perf/mfu", "step_time", "eval/loss",
                     "eval/reward_high", "eval/reward_low", "eval/reward_none"])
         bar.update()
+        in_a_row = skipped_in_a_row(in_a_row, norm, step)
         stop = interrupt.everywhere()
         if stop or best or args.save_every and step % args.save_every == 0:
             checkpoints.save(step, best)
@@ -999,14 +1055,25 @@ def main(args):
     step = checkpoints.load(best=True) or steps
     contract = {"stage": "rctp", "step": step, "base_model": policy.contract.get("base_model", args.model),
                 "docs": args.docs, "style": style, "protocol": args.protocol, "reward_ids": policy.reward_ids,
+                "template_sha256": policy.chat.fingerprint(),
                 "arm": args.arm, "tokens": sorted({t.reward_token or "none" for t in data}), "data": source,
                 "data_sha256": bfcl_env.data_sha256(), "tasks": sorted({t.task for t in data})}
-    end_run(model, policy, out, contract, world, began, ["loss", "grad_norm", "eval/loss", "eval/reward_high",
-            "eval/reward_low", "eval/reward_none"], "torchrun rl_rcgrpo.py --init")
+    end_run(model, policy, out, contract, world, logger.began, ["loss", "grad_norm", "eval/loss",
+            "eval/reward_high", "eval/reward_low", "eval/reward_none"], "torchrun rl_rcgrpo.py --init")
+
+
+def run_main(main, args):
+    """Expected errors as one sentence; so a full disk, wherever it shows."""
+    try:
+        main(args)
+    except BfclError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        sys.exit(f"error: cannot write to {args.out} ({error.strerror}): make room and type the same command "
+                 "again")
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGS)
-    except BfclError as error:
-        sys.exit(f"error: {error}")
+    run_main(main, ARGS)
