@@ -293,8 +293,8 @@ def main(args):
               f"{len(tasks) + left_out} tasks | {args.steps} steps of {args.prompts} tasks x {args.group} "
               f"rollouts, tokens {args.reward_tokens} | reward {args.reward} | "
               f"beta {args.beta}, lr {args.lr} | clip {args.clip_low}/{args.clip_high}"
-              f"{' (does not act)' * (args.inner_epochs == 1)} | {dtype} on {world.size} x {world.device.type} | {out}" + f" | from step {done + 1}" * (done > 0),
-              flush=True)
+              f"{' (does not act)' * (args.inner_epochs == 1)} | {dtype} on {world.size} x "
+              f"{world.device.type} | {out}" + f" | from step {done + 1}" * (done > 0), flush=True)
 
     bar = tqdm(total=args.steps, initial=done, desc="stage 2", unit="step", disable=not world.main,
                dynamic_ncols=True)
