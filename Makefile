@@ -4,7 +4,8 @@ VENV := .venv
 # Some results of the benchmark print sets.
 export PYTHONHASHSEED := 0
 RUN := $(VENV)/bin/python
-TORCHRUN := $(VENV)/bin/torchrun --standalone
+# After Ctrl-C torchrun kills its processes: not before the step is over and saved.
+TORCHRUN := $(VENV)/bin/torchrun --standalone --shutdown_timeout 3600
 
 # Eight short tasks (two to five calls each), learned by heart by `make demo`.
 B := multi_turn_base

@@ -85,7 +85,11 @@ def parse_args():
                             "give the model/ folder of a stage 1 run with --init")
         contract = json.loads(contract.read_text())
         wanted = {"mixed": {"high", "low"}}.get(args.reward_tokens, {args.reward_tokens})
-        if missing := wanted - set(contract.get("tokens", wanted)):
+        missing = wanted - set(contract.get("tokens", wanted))
+        if missing == {"none"}:
+            raise BfclError("stage 1 saw no prompt without a token: train it with --no_token above 0, or give "
+                            "another --reward_tokens")
+        if missing:
             print(f"warning: stage 1 (--arm {contract['arm']}) never saw the prompts of {sorted(missing)}",
                   file=sys.stderr)
         for name, value in contract.items():
