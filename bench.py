@@ -34,15 +34,23 @@ def mutated(task, seed: int) -> list[list[list[str]]]:
     return [[[call] for call in calls] for calls in turns]
 
 
+def official_check(task, turns) -> dict:
+    """What the official checker returns, from fresh instances. `turns` as for `judge`, as many as gold's."""
+    from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_checker as checker
+    from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_utils as executor
+    for name in [name for name in vars(executor) if name.endswith("_instance")]:
+        delattr(executor, name)
+    entry = {"id": task.id, "initial_config": task.config, "involved_classes": task.classes}
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return checker.multi_turn_checker(turns, task.gold, entry, task.category, "model")
+
+
 def bench_env() -> dict:
     """Milliseconds a verdict, ours and the official checker's, alternately in one process: 800 tasks x 8.
 
     The official checker starts from fresh instances each time, as each evaluation does; our gold sides
     are executed beforehand. `live_ms_per_verdict` is what judging adds to a live rollout: ends of turns
     and the verdict."""
-    from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_checker as checker
-    from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_utils as executor
-
     tasks, ours, official, live, agree = bfcl_env.load_tasks(), [], [], [], []
     for task in tasks:
         task.replay
@@ -52,12 +60,8 @@ def bench_env() -> dict:
             start = time.perf_counter()
             verdict = bfcl_env.judge(task, turns)
             ours.append(time.perf_counter() - start)
-            for name in [name for name in vars(executor) if name.endswith("_instance")]:
-                delattr(executor, name)
-            entry = {"id": task.id, "initial_config": task.config, "involved_classes": task.classes}
             start = time.perf_counter()
-            with contextlib.redirect_stdout(io.StringIO()):
-                out = checker.multi_turn_checker(turns, task.gold, entry, task.category, "bench")
+            out = official_check(task, turns)
             official.append(time.perf_counter() - start)
             agree.append((out["valid"], out.get("error_type")) == (verdict.valid, verdict.error_type))
             episode, spent = bfcl_env.Episode(task), 0.0

@@ -18,6 +18,7 @@ n_TOKEN.rankR.jsonl, the trajectories of each rank, appended as they end.
 """
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import sys
@@ -48,8 +49,7 @@ def parse_args():
         help="judge the official result files in this model's folder; -FC in its name: calls are JSON")
     add("--compare", nargs="+", metavar="RUN",
         help="--out folders of evaluations, one or several per arm: other weights of an arm are its seeds")
-    add("--show", metavar="ID", help="print a transcript from --out, of its last checkpoint or of --ckpt, "
-        "with --reward_tokens; ID:2 is the third sample")
+    add("--show", metavar="ID", help="print this task's first transcript from --out, of its last checkpoint")
     add("--reward_tokens", default="high", help="comma list of high, low, none (default: %(default)s)")
     add("--samples", type=number(int, 1), default=1, help="rollouts a task and token (default: %(default)s)")
     add("--out", help="folder of the evaluation; an interrupted one is continued (default: runs/eval; with "
@@ -59,37 +59,32 @@ def parse_args():
         help="of the model (default: %(default)s)")
     add("--seed", type=number(int, 0), default=0, help="of the sampling (default: %(default)s)")
     bfcl_env.add_sampling_flags(parser)
-    bfcl_env.add_world_flags(parser, part="test")
+    scoring = any(flag.startswith("--score") for flag in sys.argv)
+    bfcl_env.add_world_flags(parser, part="all" if scoring else "test")
     args = parser.parse_args()
-    if args.score:
-        parser.set_defaults(part="all")  # for whoever gave no --part
-        args = parser.parse_args()
     args.out = args.out or ("runs/compare" if args.compare else "runs/eval")
     args.reward_tokens = args.reward_tokens.split(",")
     modes = [name for name in ("ckpt", "score", "compare", "show") if getattr(args, name)]
     try:
-        if len(modes) != 1 and modes != ["ckpt", "show"]:
+        if len(modes) != 1:
             raise BfclError("give one of --ckpt DIR, --score DIR, --compare RUN RUN, --show ID; given: "
                             f"{', '.join(modes) or 'none of them'}")
         if unknown := set(args.reward_tokens) - {"high", "low", "none"}:
-            raise BfclError(f"unknown reward token {min(unknown)!r} in --reward_tokens: give a comma list of "
-                            "high, low, none")
+            raise BfclError(f"unknown reward token {min(unknown)!r}: give --reward_tokens high,low,none")
         if (args.official_out or args.score) and (args.protocol, args.reward) != ("official", "official"):
             raise BfclError("official result files have only --protocol official and --reward official")
         if args.official_out and not len(args.ckpt) == len(args.reward_tokens) == args.samples == 1:
             raise BfclError("official result files hold one answer a task: give --official_out with one "
                             "--ckpt, one of --reward_tokens, and --samples 1")
-        if args.show:
-            args.tasks, _, sample = args.show.partition(":")
-            args.sample = int(sample) if sample.isdecimal() else 0
+        args.tasks = args.show or args.tasks
         tasks = bfcl_env.select_tasks(args)
-        if modes == ["ckpt"]:
-            for ckpt in args.ckpt:
-                bfcl_env.check_model(ckpt)
+        for ckpt in args.ckpt:
+            bfcl_env.check_model(ckpt)
+        if args.ckpt:
             check_identity(args)
     except BfclError as error:
         sys.exit(f"error: {error}")
-    return modes[-1], args, tasks
+    return modes[0], args, tasks
 
 
 # --------------------------------------------------------------------------------------------------
@@ -107,8 +102,7 @@ def load(folder, name: str) -> dict:
     try:
         return json.loads((Path(folder) / name).read_text())
     except (OSError, ValueError):
-        kind = "finished evaluation" if name == "eval.json" else "evaluation"
-        raise BfclError(f"{folder} holds no {kind} ({name}): give the --out folder of one") from None
+        raise BfclError(f"{folder} holds no {name}: give the --out folder of an evaluation") from None
 
 
 def differences(old: dict, new: dict, names) -> str:
@@ -128,12 +122,13 @@ def check_identity(args) -> dict:
 
 
 def finished(out: Path, stem: str) -> dict:
-    """The trajectories of a checkpoint and token by (task, sample). A line that was cut is dropped."""
+    """The records of a checkpoint and token by (task, sample). A line that was cut is dropped."""
     found = {}
     for path in out.glob(f"{stem}.rank*.jsonl"):
         for line in path.read_text().splitlines():
             with contextlib.suppress(ValueError):
                 t = SimpleNamespace(**json.loads(line))
+                t.tokens = sum(t.mask)
                 found[t.task, t.sample] = t
     return dict(sorted(found.items()))
 
@@ -170,7 +165,7 @@ def result_of(t, task, tokenizer, style: str) -> list[list[str]]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Figures. A record is one judged rollout: task, verdict, reward, calls, tokens, reason.
+# Figures. A record is one judged rollout: task (id), verdict, reward, calls, tokens, reason.
 
 def mean(values):
     values = [v for v in values if v is not None]
@@ -181,7 +176,7 @@ def by_task(records) -> dict:
     """{task id: mean over its samples}"""
     values = {}
     for r in records:
-        values.setdefault(r.task.id, []).append(r.reward)
+        values.setdefault(r.task, []).append(r.reward)
     return {task: mean(some) for task, some in values.items()}
 
 
@@ -217,28 +212,25 @@ def interval(draws, tasks=()) -> list[float]:
 
 
 def figures(records) -> dict:
-    def count(names):
-        return dict(Counter(names).most_common())
     wrong = [r.verdict["error_type"] or "reward below 1" for r in records if r.reward < 1]
+    errors, reasons = Counter(name.split(":")[-1] for name in wrong), Counter(r.reason for r in records)
     values = by_task(records)
     return {"accuracy": mean([r.reward for r in records]), "n": len(records),
             "interval": interval(bootstrap([[values]]), values),
-            "errors": count(name.split(":")[-1] for name in wrong),
-            "reasons": count(r.reason for r in records if r.reason),
+            "errors": dict(errors.most_common()), "reasons": dict(reasons.most_common()),
             "calls": mean([r.calls for r in records]), "tokens": mean([r.tokens for r in records]),
             "timed_out": sum(r.verdict.get("timed_out", False) for r in records)}
 
 
 def summarise(records, title: str) -> dict:
     """{"overall": figures, "categories": {name: figures}}, printed as a table too."""
-    parts = {c: [r for r in records if r.task.category == c] for c in bfcl_env.CATEGORIES}
+    parts = {c: [r for r in records if r.task.startswith(c + "_")] for c in bfcl_env.CATEGORIES}
     categories, overall = {c: figures(some) for c, some in parts.items() if some}, figures(records)
     print(f"\n{title}")
     print_columns(["category", "accuracy %", "n", "calls", "tokens", "errors"],
-                  [[name, percent(f), f["n"], *("-" if f[k] is None else f"{f[k]:.1f}" for k in
-                    ("calls", "tokens")), listed(f["errors"])]
-                   for name, f in {**categories, "overall": overall}.items()])
-    print("ended by: " + listed(overall["reasons"]) if overall["reasons"] else "")
+                  [[name, percent(f), f["n"], *(f"{f[k] or 0:.1f}" for k in ("calls", "tokens")),
+                    listed(f["errors"])] for name, f in {**categories, "overall": overall}.items()])
+    print("ended by: " + listed(overall["reasons"]))
     return {"overall": overall, "categories": categories}
 
 
@@ -297,16 +289,15 @@ def score(args, tasks) -> None:
                 turns = turns_of(row["result"], style)
                 verdict = vars(judge(task, turns))
             records.append(SimpleNamespace(
-                task=task, verdict=verdict, reward=float(verdict["valid"]), reason=None, tokens=row["tokens"],
-                calls=sum(map(len, sum(turns, [])))))
+                task=task.id, verdict=verdict, reward=float(verdict["valid"]), reason="not known",
+                tokens=row["tokens"], calls=sum(map(len, sum(turns, [])))))
     if not records:
         raise BfclError(f"{args.score} holds no line of the {len(tasks)} tasks asked for: try --part all")
     summary = summarise(records, f"{name}: official verdicts, calls read as {style}")
     missing = len(tasks) - len(records)
     print(f"{missing} of {len(tasks)} tasks have no result and do not count; {bad} lines cannot be read")
     if not summary["overall"]["calls"]:
-        print(f"warning: nothing could be read as {style} calls: try the other --style; if there is nothing "
-              "either, this model's official handler has a decoder of its own", file=sys.stderr)
+        print(f"warning: nothing could be read as {style} calls: try the other --style", file=sys.stderr)
     print(json.dumps({**summary, "reward": "official", "model": name, "style": style, "missing": missing,
                       "malformed": bad}))
 
@@ -327,25 +318,23 @@ def write_official(folder: Path, style: str, rows: dict) -> None:
 def show(args, tasks) -> None:
     from tokenizers import Tokenizer
     [task], out, identity = tasks, Path(args.out), load(args.out, "identity.json")
-    models = [(n, m) for n, m in enumerate(identity["models"]) if not args.ckpt or m["ckpt"] in args.ckpt]
-    n, model = models[-1] if models else (None, {})
-    token = min(identity["reward_tokens"], key=lambda token: token not in args.reward_tokens)
-    t = finished(out, f"{n}_{token}").get((task.id, args.sample))
+    n, token = len(identity["models"]) - 1, identity["reward_tokens"][0]
+    t = finished(out, f"{n}_{token}").get((task.id, 0))
     if not t:
-        raise BfclError(f"{out} has no sample {args.sample} of {task.id}, {token} token, "
-                        f"{model.get('ckpt')}: not among its tasks, too long, or not done yet")
-    backend = Tokenizer.from_file(str(out / f"{n}.tokenizer.json"))
+        raise BfclError(f"{out} has no rollout of {task.id} with the {token} token: not among its tasks, too "
+                        "long, or not done yet")
+    backend, model = Tokenizer.from_file(str(out / f"{n}.tokenizer.json")), identity["models"][n]
     tokenizer = SimpleNamespace(decode=lambda ids, **_: backend.decode(ids, skip_special_tokens=False))
     print(f"{model['ckpt']}\n{bfcl_env.show(t, tokenizer)}\n")
     made = [sum(turn, []) for turn in turns_of(result_of(t, task, tokenizer, model["style"]), model["style"])]
-    gold, episode, lines = task.gold, Episode(task), []
+    gold, episode, lines, first = task.gold, Episode(task), [], ">>>"
     if identity["protocol"] == "paper":  # one turn
         made, gold = [sum(made, [])], [sum(gold, [])]
     for turn, (wanted, calls) in enumerate(itertools.zip_longest(gold, made, fillvalue=[])):
         for want, call in itertools.zip_longest(wanted, calls, fillvalue=""):
             same = want == call or None is not episode.bound(want) == episode.bound(call)
-            first = not same and not any(line[0] for line in lines)
-            lines.append([">>>" * first, turn, want, call])
+            lines.append(["" if same else first, turn, want, call])
+            first = first if same else ""
     print_columns(["", "turn", "gold calls", "the model's calls (>>> the first difference)"], lines)
 
 
@@ -365,17 +354,16 @@ def arm_of(contract: dict) -> str | None:
 def compare(args, _) -> None:
     runs = [load(folder, "eval.json") for folder in args.compare]
     several = len({row["model"] for run in runs for row in run["table"]}) > 1
-    same, arms, tasks = runs[0]["identity"], {}, None
+    same, arms, tasks = runs[0]["identity"], {}, set(next(iter(runs[0]["correct"][0].values())))
     for folder, run in zip(args.compare, runs):
         apart = differences(same, run["identity"], ALIKE)
-        for row, token in itertools.product(run["table"], run["identity"]["reward_tokens"]):
-            correct = row[token]["correct"]
-            name = row["arm"] + f" of {row['model']}" * (several and row["stage"] is not None)
-            seeds = arms.setdefault((name, token), {})  # by their weights: the same ones are no new seed
-            seeds.setdefault(row["sha256"], {**row, "arm": name, "correct": correct})
-            tasks = tasks or set(correct)
-            if set(correct) != tasks:
-                apart = apart or f"tasks that fit: {len(tasks)} and {len(correct)}, not the same"
+        for row, by_token in zip(run["table"], run["correct"]):
+            for token, correct in by_token.items():
+                name = row["arm"] + f" of {row['model']}" * (several and row["stage"] is not None)
+                seeds = arms.setdefault((name, token), {})  # by their weights: the same ones are no new seed
+                seeds[row["sha256"]] = {**row, "arm": name, "correct": correct}
+                if set(correct) != tasks:
+                    apart = apart or f"tasks that fit: {len(tasks)} and {len(correct)}, not the same"
         if apart:
             raise BfclError(f"{args.compare[0]} and {folder} cannot be compared ({apart}): evaluate both "
                             "with the same flags")
@@ -389,30 +377,27 @@ def compare(args, _) -> None:
     for a, b in itertools.combinations(range(len(keys)), 2):
         primary = (keys[a], keys[b]) == PRIMARY and table[a]["rollouts"] == table[b]["rollouts"]
         if a == 0 or set(keys[a]) & set(keys[b]):  # others differ in one thing, the arm or the token
-            gap = draws[a] - draws[b]
+            gap = draws[a] - draws[b]  # 1.96 + 0.84 of its standard deviations: found by 80 % of such tests
             pairs.append({"kind": "primary" if primary else "exploratory", "a": keys[a], "b": keys[b],
                           "difference": table[a]["accuracy"] - table[b]["accuracy"],
-                          "interval": interval(gap),
-                          # found in 80 % of such experiments by a test at 5 %: 1.96 + 0.84 standard errors
-                          "detectable": 2.8 * float(gap.std()) or None})
+                          "interval": interval(gap), "detectable": 2.8 * float(gap.std())})
     pairs.sort(key=lambda pair: pair["kind"] != "primary")
     part = "chosen by --tasks" if same["tasks"] else f"of part {same['part']} ({same['split']} split)"
     title = (f"{len(tasks)} tasks {part}, docs {same['docs']}, protocol {same['protocol']}, reward "
              f"{same['reward']}")
     print(title)
     print_columns(["arm", "evaluated with", "accuracy %", "seeds", "rollouts"],
-                  [[r["arm"], r["token"], percent(r), r["seeds"],
-                    ", ".join(map(str, r["rollouts"]))] for r in table])
+                  [[r["arm"], r["token"], percent(r), r["seeds"], r["rollouts"]] for r in table])
     print("\npaired differences over the same tasks, in points")
     print_columns(["kind", "difference", "smallest detectable", "of", "minus"],
-                  [[p["kind"], percent(p, "difference"), f"{100 * (p['detectable'] or np.nan):.1f}",
+                  [[p["kind"], percent(p, "difference"), f"{100 * p['detectable']:.1f}",
                     ", ".join(p["a"]), ", ".join(p["b"])] for p in pairs])
-    if not pairs or pairs[0]["kind"] != "primary":
+    if not any(pair["kind"] == "primary" for pair in pairs):
         print(f"The primary comparison is not among them: {', '.join(PRIMARY[0])} minus "
               f"{', '.join(PRIMARY[1])}, after the same number of rollouts.")
-    draw(Path(args.out) / "compare.png", table, sum(arms.values(), []), title)
     result = {"table": table, "pairs": pairs, **{name: same[name] for name in ALIKE}}
     write(Path(args.out) / "compare.json", json.dumps(result, indent=1) + "\n")
+    draw(Path(args.out) / "compare.png", table, sum(arms.values(), []), title)
     print(f"wrote {args.out}/compare.png and compare.json\n{json.dumps(result)}")
 
 
@@ -421,30 +406,24 @@ def draw(path: Path, table: list[dict], rows: list[dict], title: str) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    arms = {row["ckpt"]: row["arm"] for row in rows}
-    logs = {ckpt: Path(ckpt).parent / "metrics.jsonl" for ckpt in arms}
-    logs = {ckpt: [json.loads(line) for line in log.read_text().splitlines()]
-            for ckpt, log in logs.items() if log.is_file()}
-    logged = {name for log in logs.values() for line in log for name in line}
-    panels = [name for name in ("reward", "rc/reward_high") if name in logged]
-    figure, axes = plt.subplots(1, 1 + len(panels), squeeze=False, layout="constrained",
-                                figsize=(6 + 3.5 * len(panels), 1.5 + 0.4 * max(5, len(table))))
-    colour = {arm: f"C{i}" for i, arm in enumerate(dict.fromkeys(arms.values()))}
+    figure, (bars, *curves) = plt.subplots(1, 3, layout="constrained",
+                                           figsize=(13, 1.5 + 0.4 * max(5, len(table))))
+    colour = {arm: f"C{i}" for i, arm in enumerate(dict.fromkeys(r["arm"] for r in table))}
     for y, r in enumerate(table):
-        axes[0, 0].barh(y, 100 * r["accuracy"], color=colour[r["arm"]], alpha=0.6)
-        axes[0, 0].plot([100 * end for end in r["interval"]], [y, y], color="black")
-    axes[0, 0].set(yticks=range(len(table)), yticklabels=[f"{r['arm']}, {r['token']}" for r in table],
-                   xlim=(0, 100), xlabel="accuracy, % (95 % interval)")
-    axes[0, 0].invert_yaxis()
-    for axis, name in zip(axes[0, 1:], panels):
-        for ckpt, log in logs.items():
-            if points := [(line["step"], line[name]) for line in log if line.get(name) is not None]:
-                axis.plot(*zip(*points), color=colour[arms[ckpt]])
+        bars.barh(y, 100 * r["accuracy"], color=colour[r["arm"]], alpha=0.6)
+        bars.plot([100 * end for end in r["interval"]], [y, y], color="black")
+    bars.set(yticks=range(len(table)), yticklabels=[f"{r['arm']}, {r['token']}" for r in table],
+             xlim=(0, 100), xlabel="accuracy, % (95 % interval)")
+    bars.invert_yaxis()
+    for axis, name in zip(curves, ("reward", "rc/reward_high")):
+        for ckpt, arm in {row["ckpt"]: row["arm"] for row in rows}.items():
+            if (log := Path(ckpt).parent / "metrics.jsonl").is_file():
+                lines = [json.loads(line) for line in log.read_text().splitlines()]
+                points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+                axis.plot([x for x, _ in points], [y for _, y in points], color=colour[arm])
         axis.set(title=f"{name}, in the colours of the arms", xlabel="step")
     figure.suptitle(title, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_suffix(".partial"), dpi=110, format="png")
-    path.with_suffix(".partial").replace(path)
+    figure.savefig(path, dpi=110)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -461,11 +440,10 @@ def evaluate(args, tasks) -> None:
 
     began, world, out = time.monotonic(), start_world(), Path(args.out)
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))  # ranks end at different times
-    identity, by_id, table, trained_on = check_identity(args), {task.id: task for task in tasks}, [], set()
+    identity, table, correct, trained_on = check_identity(args), [], [], set()
 
-    def warn(text):
-        if world.main:
-            print(f"warning: {text}", file=sys.stderr)
+    def tell(text, file=sys.stdout):
+        print(text, file=file) if world.main else None
 
     for n, ckpt in enumerate(args.ckpt):
         # step 1: the weights
@@ -474,7 +452,7 @@ def evaluate(args, tasks) -> None:
         policy = load_policy(ckpt, dtype=compute_dtype(args.dtype, world.device), device=str(world.device))
         contract, style = policy.contract, policy.style(args.style)
         model = {"ckpt": ckpt, "sha256": checksum(policy.model), "style": style}
-        if n < len(identity["models"]) and identity["models"][n] != model:
+        if identity["models"][n:] and identity["models"][n] != model:
             raise BfclError(f"{out} holds an evaluation of other weights than {ckpt} has now "
                             f"({identity['models'][n]} and {model}): give a new --out, or remove it")
         identity["models"][n:n + 1] = [model]
@@ -482,75 +460,70 @@ def evaluate(args, tasks) -> None:
         if world.main:
             write(out / "identity.json", json.dumps(identity, indent=1) + "\n")
             write(out / f"{n}.tokenizer.json", policy.tokenizer.backend_tokenizer.to_str())
-        for name in ("docs", "protocol"):
-            if contract.get(name, getattr(args, name)) != getattr(args, name):
-                warn(f"{ckpt} was trained with --{name} {contract[name]}, evaluated with "
-                     f"{getattr(args, name)}")
-        for row in table:
-            if row["sha256"] == model["sha256"]:
-                warn(f"{ckpt} and {row['ckpt']} hold the same weights")
-        trained_on |= set(contract.get("tasks", ()))
+        world_of = functools.partial(BfclEnv, docs=args.docs, style=style, protocol=args.protocol)
+        fitting, left_out = split_fitting(policy, tasks, world_of, args.max_len)
         arm = arm_of(contract)
         label = f"after {arm.removeprefix('RCTP-FT + ')}" if arm else "base model"
         label = ckpt if label in [row["label"] for row in table] else label
-        fitting, left_out = split_fitting(
-            policy, tasks, lambda task: BfclEnv(task, args.docs, style, args.protocol), args.max_len)
-        if world.main:
-            print(f"{label}: {ckpt} | weights sha256 {model['sha256'][:12]} | style {style} | all that fit: "
-                  f"{len(fitting)} of {len(tasks)} tasks")
+        tell(f"{label}: {ckpt} | weights sha256 {model['sha256'][:12]} | style {style} | all that fit: "
+             f"{len(fitting)} of {len(tasks)} tasks")
+        for name in ("docs", "protocol"):
+            if contract.get(name, getattr(args, name)) != getattr(args, name):
+                tell(f"warning: it was trained with --{name} {contract[name]}", sys.stderr)
+        for row in table:
+            if row["sha256"] == model["sha256"]:
+                tell(f"warning: {ckpt} and {row['ckpt']} hold the same weights", sys.stderr)
         row = {"label": label, "arm": arm or ckpt, **model, "stage": contract.get("stage"),
                "model": contract.get("base_model", ckpt), "tasks_left_out": left_out,
                "contract": {k: v for k, v in contract.items() if k != "tasks"}}
+        trained_on |= set(contract.get("tasks", ()))
+        table.append(row), correct.append({})
 
         for token in args.reward_tokens:
             # step 2: rollouts; (seed, 0, task, sample) fixes the random numbers of each
             if token not in contract.get("tokens", [token]):
-                warn(f"stage 1 of {ckpt} never saw the {token} token (only {', '.join(contract['tokens'])}): "
-                     "what it does with that token was not learned")
-            stem, fits = f"{n}_{token}", {task.id for task in fitting}
+                tell(f"warning: stage 1 of {ckpt} never saw the {token} token (only "
+                     f"{', '.join(contract['tokens'])}): it has not learned what that means", sys.stderr)
+            stem = f"{n}_{token}"
             old = finished(out, stem)
             todo = [(i, task, j) for i, task in enumerate(tasks) for j in range(args.samples)
-                    if task.id in fits and (task.id, j) not in old]
+                    if task in fitting and (task.id, j) not in old]
             mine, scores = todo[world.rank::world.size], [t.reward for t in old.values()]
             dist.barrier(group=patient)  # every rank has read the same before any goes on
-            bar = tqdm(total=len(old) + len(mine), initial=len(old), desc=f"{label}, {token}", unit="rollout",
-                       disable=not world.main, dynamic_ncols=True)
-            with (out / f"{stem}.rank{world.rank}.jsonl").open("a") as file:
+            with (out / f"{stem}.rank{world.rank}.jsonl").open("a") as file, tqdm(
+                    total=len(old) + len(mine), initial=len(old), desc=f"{label}, {token}", unit="rollout",
+                    disable=not world.main, dynamic_ncols=True) as bar:
                 print(file=file)  # ends a line that was cut
+
                 def done(index, t):
                     t.sample = mine[index][2]
                     print(t.to_json(), file=file, flush=True)
                     scores.append(t.reward)
                     bar.set_postfix_str(f"accuracy {100 * mean(scores):.1f} %", refresh=False)
                     bar.update()
-                rollout(policy, [BfclEnv(task, args.docs, style, args.protocol) for _, task, _ in mine],
+                rollout(policy, [world_of(task) for _, task, _ in mine],
                         [None if token == "none" else token] * len(mine),
                         [(args.seed, 0, i, j) for i, _, j in mine], done=done, **sampling(args))
-            bar.close()
             dist.barrier(group=patient)
             if not world.main:
                 continue
 
             # step 3: accuracy
-            records, official = [], {}
-            for t in finished(out, stem).values():
-                task = by_id[t.task]
-                records.append(SimpleNamespace(task=task, verdict=t.verdict, reward=t.reward, calls=t.calls,
-                                               tokens=sum(t.mask), reason=t.reason))
-                # step 4: official files
-                if args.official_out:
-                    result = result_of(t, task, policy.tokenizer, style)
+            records = list(finished(out, stem).values())
+            row[token], correct[n][token] = summarise(records, f"{label}, {token} token"), by_task(records)
+
+            # step 4: official files
+            if args.official_out:
+                by_id, official = {task.id: task for task in tasks}, {}
+                for t in records:
+                    task, result = by_id[t.task], result_of(t, by_id[t.task], policy.tokenizer, style)
                     official.setdefault(task.category, []).append({"id": task.id, "result": result})
                     if judge(task, turns_of(result, style)).valid != t.verdict["valid"]:
-                        warn(f"{task.id} is judged otherwise from its text than it was live")
-            row[token] = summarise(records, f"{label}, {token} token")
-            row[token]["correct"] = by_task(records)
-            if args.official_out:
+                        tell(f"warning: {task.id} is judged otherwise from its text than live", sys.stderr)
                 write_official(Path(args.official_out), style, official)
         row["eval_seconds"] = time.monotonic() - start
         summary = Path(ckpt).parent / "summary.json"  # what the run that wrote this checkpoint took
         row["run"] = json.loads(summary.read_text()) if summary.is_file() else {}
-        table.append(row)
         del policy  # before the next one is loaded
     dist.destroy_process_group()
     if not world.main:
@@ -562,28 +535,24 @@ def evaluate(args, tasks) -> None:
     print_columns(["checkpoint", *(f"accuracy, {token} token" for token in args.reward_tokens), "n",
                    "train min", "eval min"],
                   [[row["label"], *(percent(row[token]["overall"]) for token in args.reward_tokens),
-                    row[first]["overall"]["n"], f"{row['run']['seconds'] / 60:.1f}" if row["run"] else "-",
+                    row[first]["overall"]["n"], f"{row['run'].get('seconds', 0) / 60:.1f}",
                     f"{row['eval_seconds'] / 60:.1f}"] for row in table])
     names = {"smollm2-135m-instruct": "SmolLM2-135M-Instruct (135M, from Q4_1)"}
     print("\nModel: " + ", ".join(sorted({names.get(row["model"], row["model"]) for row in table})) + ".")
     print(f"{len(tasks)} tasks x {args.samples} rollouts a token at temperature {args.temperature}; docs "
           f"{args.docs}, protocol {args.protocol}, reward {args.reward}; percent with the 95 % interval over "
           "families.")
-    seen = sum(task.id in trained_on for task in tasks)
-    if seen == len(tasks):
+    if seen := sum(task.id in trained_on for task in tasks):
         print("These are the training tasks, memorised on purpose to see the machinery work: the figures say "
-              "nothing about new tasks.")
-    elif seen:
-        print(f"Warning: {seen} of the {len(tasks)} tasks were trained on.")
+              "nothing about new tasks." if seen == len(tasks) else
+              f"Warning: {seen} of the {len(tasks)} tasks were trained on.")
     result = {**table[-1][first], "reward": args.reward, "table": table, "tasks": len(tasks),
               **{name: getattr(args, name) for name in ("samples", "docs", "protocol", "temperature")},
               "seconds": {**{row["stage"]: row["run"]["seconds"] for row in table if row["run"]},
                           "evaluation": time.monotonic() - began},
               "peak_memory_gb": max([peak_memory_gb(world),
-                                     *(r["run"].get("peak_memory_gb", 0) for r in table)])}
-    write(out / "eval.json", json.dumps({"identity": identity, **result}, indent=1) + "\n")
-    for part in [result, *(row[token] for row in table for token in args.reward_tokens)]:
-        part.pop("correct", None)  # a figure for each task: only --compare wants them
+                                     *(row["run"].get("peak_memory_gb", 0) for row in table)])}
+    write(out / "eval.json", json.dumps({"identity": identity, "correct": correct, **result}) + "\n")
     print(json.dumps(result))
 
 
