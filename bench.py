@@ -34,15 +34,18 @@ def mutated(task, seed: int) -> list[list[list[str]]]:
     return [[[call] for call in calls] for calls in turns]
 
 
-def official_check(task, turns) -> dict:
-    """What the official checker returns, from fresh instances. `turns` as for `judge`, as many as gold's."""
+def official_check(task, turns) -> tuple[dict, float]:
+    """What the official checker returns, from fresh instances, and its seconds. `turns` as for `judge`, as
+    many as gold's."""
     from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_checker as checker
     from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_utils as executor
     for name in [name for name in vars(executor) if name.endswith("_instance")]:
         delattr(executor, name)
     entry = {"id": task.id, "initial_config": task.config, "involved_classes": task.classes}
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return checker.multi_turn_checker(turns, task.gold, entry, task.category, "model")
+        start = time.perf_counter()
+        out = checker.multi_turn_checker(turns, task.gold, entry, task.category, "model")
+        return out, time.perf_counter() - start
 
 
 def bench_env() -> dict:
@@ -60,9 +63,8 @@ def bench_env() -> dict:
             start = time.perf_counter()
             verdict = bfcl_env.judge(task, turns)
             ours.append(time.perf_counter() - start)
-            start = time.perf_counter()
-            out = official_check(task, turns)
-            official.append(time.perf_counter() - start)
+            out, seconds = official_check(task, turns)
+            official.append(seconds)
             agree.append((out["valid"], out.get("error_type")) == (verdict.valid, verdict.error_type))
             episode, spent = bfcl_env.Episode(task), 0.0
             for turn in turns:

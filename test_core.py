@@ -413,6 +413,19 @@ def test_micro_batches_change_no_gradient(world):
         assert (mine[name] - p.grad).norm() <= 1e-6 * p.grad.norm()  # of the loss itself, not of a multiple
 
 
+def test_not_finite_updates_are_skipped(world):
+    """One bad batch would leave every weight NaN, and the hours before it lost."""
+    policy, trajectories = tiny_policy(), play(tiny_policy(), range(2))
+    model = sft_rctp.shard(policy.model, torch.float32, world)
+    before = [p.full_tensor().clone() for p in model.parameters()]
+    norm = sft_rctp.update(model, sft_rctp.make_optimizer(model, 1e-2), sft_rctp.pack(trajectories),
+                           lambda p: model.token_logprobs(p, policy.banned).sum() * float("nan"), world, 1.0)
+    assert all(torch.equal(a, b.full_tensor()) for a, b in zip(before, model.parameters()))
+    assert sft_rctp.skipped_in_a_row(1, norm, 6) == 2 and sft_rctp.skipped_in_a_row(2, 1.0, 7) == 0
+    with pytest.raises(bfcl_env.BfclError, match="steps 5 to 7 were not finite"):
+        sft_rctp.skipped_in_a_row(2, norm, 7)
+
+
 def test_rc_grpo_learns_a_toy_world(world):
     """A wrong sign, a wrong order of rollouts or a stale acting copy: all of it together must learn."""
     policy, learner = tiny_policy(sharp=1.5), tiny_policy(sharp=1.5)
@@ -760,7 +773,7 @@ def official(task, turns):
     if len(turns) != len(task.gold):  # as eval_runner does before the checker
         return (False, "multi_turn:force_terminated", None), []
     checker.execute_multi_turn_func_call = spy
-    out = bench.official_check(task, turns)
+    out, _ = bench.official_check(task, turns)
     return (out["valid"], out.get("error_type"), None if out["valid"] else len(seen) - 1), seen
 
 
@@ -1365,7 +1378,9 @@ def test_pipeline(pipeline):
     assert lines[0]["clip_ratio/region_mean"] == 0 and 0 < lines[0]["perf/mfu"] < 1
     assert lines[0]["sampling/sampling_logp_difference/max"] < 1e-4  # sampler and trainer agree
     dumped = (out / "rl/rollouts/step_000001.jsonl").read_text().splitlines()
-    assert len(dumped) == 6 and Trajectory.from_json(dumped[0]).reward_token in ("high", "low")
+    dumped = [Trajectory.from_json(line) for line in dumped]
+    assert len(dumped) == 6 and {t.reward_token for t in dumped} == {"high", "low"}
+    assert [len({t.task for t in dumped[i:i + 3]}) for i in (0, 3)] == [1, 1]  # a group never mixes tasks
     for stage in ("sft", "rl"):
         assert (out / stage / "curves.png").stat().st_size > 1000
     figures = last_json(said)
@@ -1387,7 +1402,7 @@ def test_checkpoints_are_plain_directories(pipeline):
         assert contract["docs"] == "signature" and contract["reward_ids"] == {"high": 259, "low": 260}
         for name, text in sampler.REWARD_TOKENS.items():
             assert tokenizer.encode(text, add_special_tokens=False) == [contract["reward_ids"][name]]
-        assert model.dtype in (torch.float32, torch.bfloat16) and model.config.vocab_size >= len(tokenizer)
+        assert model.dtype == torch.float32 and model.config.vocab_size >= len(tokenizer)
         again = load_policy(str(folder), dtype=torch.float32)
         assert again.reward_ids == contract["reward_ids"]
         states.append(model.float().state_dict())
@@ -1563,6 +1578,27 @@ def test_two_ranks_are_one(pipeline, tmp_path):
             *on_two_ranks(*rl, tmp_path / "rl2"))
     agree("sft1", "moved", "loss", "grad_norm")
     agree("rl1", "rl2", "loss", "kl", "entropy", "num_tokens")
+    ids = [[t["ids"] for t in lines_of(tmp_path / out / "rollouts/step_000002.jsonl")] for out in ("rl1", "rl2")]
+    assert ids[0] == ids[1]
+    # One group for two ranks: the second has nothing to do. The flat group is dropped, so the first neither.
+    rl[rl.index("--prompts") + 1] = "1"
+    runs = {kind: on_two_ranks(*rl, tmp_path / kind, "--zero_variance", kind) for kind in ("keep", "drop")}
+    succeed(*runs["keep"], *runs["drop"])
+    kept, dropped = (lines_of(tmp_path / kind / "metrics.jsonl")[0] for kind in ("keep", "drop"))
+    assert kept["rollouts_in_loss"] == 3 and kept["kl"] == 0 and dropped["rollouts_in_loss"] == 0
+    assert "loss" not in dropped and dropped["grad_norm"] == 0
+
+
+@pytest.mark.skipif(not FULL, reason="make test-full")
+def test_the_plan_is_what_a_run_takes(tmp_path):
+    """A plan that is off by a copy of the weights is out of memory on the big machine."""
+    command = ["sft_rctp.py", "--tasks", "multi_turn_base_139,multi_turn_base_50,multi_turn_base_46", "--batch",
+               "6", "--dtype", "bf16", "--eval_every", "0", "--save_every", "0", "--steps", "2", "--out"]
+    [planned] = succeed(start(*command, tmp_path / "plan", "--plan", "1"))
+    succeed(start(*command, tmp_path / "run"))
+    measured = lines_of(tmp_path / "run/metrics.jsonl")[-1]["perf/max_memory_allocated_gb"]
+    assert abs(last_json(planned)["peak_bytes"] / 2**30 / measured - 1) < 0.15
+    assert not (tmp_path / "plan").exists()
 
 
 # ---- evaluation -----------------------------------------------------------------
