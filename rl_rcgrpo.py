@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 
 import bfcl_env
-from bfcl_env import BfclEnv, BfclError, number
+from bfcl_env import BfclEnv, BfclError, number, show
 
 
 # Two transcriptions of the paper's hyper-parameters; the second names no batch, and takes the first's.
@@ -87,8 +87,8 @@ def parse_args():
         wanted = {"mixed": {"high", "low"}}.get(args.reward_tokens, {args.reward_tokens})
         missing = wanted - set(contract.get("tokens", wanted))
         if missing == {"none"}:
-            raise BfclError("stage 1 saw no prompt without a token: train it with --no_token above 0, or give "
-                            "another --reward_tokens")
+            raise BfclError("stage 1 saw no prompt without a token: train it with --no_token above 0, or "
+                            "give another --reward_tokens")
         if missing:
             print(f"warning: stage 1 (--arm {contract['arm']}) never saw the prompts of {sorted(missing)}",
                   file=sys.stderr)
@@ -123,7 +123,7 @@ import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from rollout import checksum, load_policy, rollout, sampling, show, split_fitting
+from rollout import checksum, load_policy, rollout, sampling, split_fitting
 from sft_rctp import (Checkpointer, Interrupt, MetricsLogger, Packed, compute_dtype, copy_weights, end_run,
                       evaluate, fitting_validation, flops, learning_rate, make_optimizer, matmul_rate, pack,
                       peak_memory_gb, pinned, plan, plot_curves, release_weights, run_main, shard, shuffled,

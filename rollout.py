@@ -72,7 +72,7 @@ from tqdm import tqdm
 from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig,
                           PreTrainedTokenizerFast)
 
-from bfcl_env import ending, piece, show  # noqa: F401 (`show` is for the scripts that print rollouts)
+from bfcl_env import ending, piece
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1578,7 +1578,8 @@ def test_two_ranks_are_one(pipeline, tmp_path):
             *on_two_ranks(*rl, tmp_path / "rl2"))
     agree("sft1", "moved", "loss", "grad_norm")
     agree("rl1", "rl2", "loss", "kl", "entropy", "num_tokens")
-    ids = [[t["ids"] for t in lines_of(tmp_path / out / "rollouts/step_000002.jsonl")] for out in ("rl1", "rl2")]
+    ids = [[t["ids"] for t in lines_of(tmp_path / out / "rollouts/step_000002.jsonl")]
+           for out in ("rl1", "rl2")]
     assert ids[0] == ids[1]
     # One group for two ranks: the second has nothing to do. The flat group is dropped, so the first neither.
     rl[rl.index("--prompts") + 1] = "1"
@@ -1592,8 +1593,8 @@ def test_two_ranks_are_one(pipeline, tmp_path):
 @pytest.mark.skipif(not FULL, reason="make test-full")
 def test_the_plan_is_what_a_run_takes(tmp_path):
     """A plan that is off by a copy of the weights is out of memory on the big machine."""
-    command = ["sft_rctp.py", "--tasks", "multi_turn_base_139,multi_turn_base_50,multi_turn_base_46", "--batch",
-               "6", "--dtype", "bf16", "--eval_every", "0", "--save_every", "0", "--steps", "2", "--out"]
+    command = ["sft_rctp.py", "--tasks", "multi_turn_base_139,multi_turn_base_50,multi_turn_base_46",
+               "--batch", "6", "--dtype", "bf16", "--eval_every", "0", "--save_every", "0", "--steps", "2", "--out"]
     [planned] = succeed(start(*command, tmp_path / "plan", "--plan", "1"))
     succeed(start(*command, tmp_path / "run"))
     measured = lines_of(tmp_path / "run/metrics.jsonl")[-1]["perf/max_memory_allocated_gb"]
