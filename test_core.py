@@ -1594,7 +1594,8 @@ def test_two_ranks_are_one(pipeline, tmp_path):
 def test_the_plan_is_what_a_run_takes(tmp_path):
     """A plan that is off by a copy of the weights is out of memory on the big machine."""
     command = ["sft_rctp.py", "--tasks", "multi_turn_base_139,multi_turn_base_50,multi_turn_base_46",
-               "--batch", "6", "--dtype", "bf16", "--eval_every", "0", "--save_every", "0", "--steps", "2", "--out"]
+               "--batch", "6", "--dtype", "bf16", "--eval_every", "0", "--save_every", "0", "--steps", "2",
+               "--out"]
     [planned] = succeed(start(*command, tmp_path / "plan", "--plan", "1"))
     succeed(start(*command, tmp_path / "run"))
     measured = lines_of(tmp_path / "run/metrics.jsonl")[-1]["perf/max_memory_allocated_gb"]
