@@ -114,10 +114,14 @@ def check_identity(args) -> dict:
     asked = {k: v for k, v in vars(args).items() if k not in FREE}
     asked |= {"data_sha256": bfcl_env.data_sha256(), "models": []}  # filled when their weights are known
     if not (Path(args.out) / "identity.json").exists():
+        if any(Path(args.out).glob("*.rank*.jsonl")):
+            raise BfclError(f"{args.out} holds rollouts without identity.json: give a new --out, or remove "
+                            "that folder")
         return asked
     found = load(args.out, "identity.json")
     if apart := differences(found, asked, sorted({*found, *asked} - {"models"})):
-        raise BfclError(f"{args.out} holds another evaluation ({apart}): give a new --out, or remove it")
+        raise BfclError(f"{args.out} holds another evaluation ({apart}): give a new --out, or remove that "
+                        "folder")
     return found
 
 
@@ -143,7 +147,7 @@ def calls_in(step, style: str) -> list[str]:
         if isinstance(step, list):
             return [str(bfcl_env._json_call(*item)) for call in step for item in call.items()]
         return [str(call) for call in parse_calls(step, style)]
-    except (CallSyntaxError, AttributeError, TypeError, ValueError):
+    except (CallSyntaxError, AttributeError, TypeError, ValueError, RecursionError):
         return []
 
 
@@ -202,12 +206,12 @@ def bootstrap(arms: list[list[dict]], draws: int = 2000, seed: int = 0):
     return np.stack(out)
 
 
-def interval(draws, tasks=()) -> list[float]:
-    """95 %, of one arm over these tasks, or of a difference (no tasks)."""
+def interval(draws, tasks, least: float = 0.0) -> list[float]:
+    """95 %, of one arm over these tasks; of a difference with `least` -1."""
     low, high = np.quantile(draws, [0.025, 0.975]).tolist()
-    if tasks and low == high and low in (0, 1):  # nothing varies: the exact binomial interval over families
-        bound = 0.025 ** (1 / len(set(families_of(tasks))))
-        low, high = (0.0, 1 - bound) if low == 0 else (bound, 1.0)
+    if low == high:  # nothing varies: the exact binomial interval over families
+        bound = 1 - 0.025 ** (1 / len(set(families_of(tasks))))
+        low, high = max(least, low - bound), min(1.0, high + bound)
     return [low, high]
 
 
@@ -228,7 +232,8 @@ def summarise(records, title: str) -> dict:
     categories, overall = {c: figures(some) for c, some in parts.items() if some}, figures(records)
     print(f"\n{title}")
     print_columns(["category", "accuracy %", "n", "calls", "tokens", "errors"],
-                  [[name, percent(f), f["n"], *(f"{f[k] or 0:.1f}" for k in ("calls", "tokens")),
+                  [[name, percent(f), f["n"],
+                    *("-" if f[k] is None else f"{f[k]:.1f}" for k in ("calls", "tokens")),
                     listed(f["errors"])] for name, f in {**categories, "overall": overall}.items()])
     print("ended by: " + listed(overall["reasons"]))
     return {"overall": overall, "categories": categories}
@@ -270,9 +275,10 @@ def read_results(folder: str) -> tuple[dict, int]:
                     raise ValueError(f"a second line of {name}")
                 if isinstance(result, list) and not all(isinstance(turn, list) for turn in result):
                     raise ValueError("a turn is not a list of steps")
-                tokens = row.get("output_token_count", [])
-                rows[name] = {"result": result, "tokens": sum(map(sum, tokens)) or None}
-            except (ValueError, KeyError, TypeError) as error:
+                rows[name] = {"result": result, "tokens": None}
+                with contextlib.suppress(KeyError, TypeError):  # not every tool counts them
+                    rows[name]["tokens"] = sum(map(sum, row["output_token_count"])) or None
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 bad += 1
                 print(f"{path}:{n}: left out: {type(error).__name__}: {error}", file=sys.stderr)
     return rows, bad
@@ -317,6 +323,8 @@ def write_official(folder: Path, style: str, rows: dict) -> None:
 
 def show(args, tasks) -> None:
     from tokenizers import Tokenizer
+    if len(tasks) != 1:
+        raise BfclError("--show prints one transcript: give one task id")
     [task], out, identity = tasks, Path(args.out), load(args.out, "identity.json")
     n, token = len(identity["models"]) - 1, identity["reward_tokens"][0]
     t = finished(out, f"{n}_{token}").get((task.id, 0))
@@ -329,7 +337,8 @@ def show(args, tasks) -> None:
     made = [sum(turn, []) for turn in turns_of(result_of(t, task, tokenizer, model["style"]), model["style"])]
     gold, episode, lines, first = task.gold, Episode(task), [], ">>>"
     if identity["protocol"] == "paper":  # one turn
-        made, gold = [sum(made, [])], [sum(gold, [])]
+        made = [list(itertools.takewhile(lambda call: call != "done()", sum(made, [])))]
+        gold = [sum(gold, [])]
     for turn, (wanted, calls) in enumerate(itertools.zip_longest(gold, made, fillvalue=[])):
         for want, call in itertools.zip_longest(wanted, calls, fillvalue=""):
             same = want == call or None is not episode.bound(want) == episode.bound(call)
@@ -342,18 +351,23 @@ def show(args, tasks) -> None:
 # --compare: arms side by side.
 
 def arm_of(contract: dict) -> str | None:
-    """Stage 1, and stage 2 by the tokens of its rollouts; None for a model that is not from here."""
+    """Stage 1 by its data, stage 2 by the tokens of its rollouts; None for a model that is not from here."""
     if "stage" not in contract:
         return None
     first = {"sft": "SFT", "mixed": "mixed-data SFT"}.get(contract.get("arm"), "RCTP-FT")
+    first += " on own rollouts" * contract.get("data", "").endswith("trajectories)")
     token = contract.get("reward_tokens", "mixed")
     second = "RC-GRPO" if token == "mixed" else f"GRPO ({token.replace('none', 'no')} token)"
+    second += ", baseline within tokens" * (contract.get("baseline") == "token")
     return first if contract["stage"] == "rctp" else f"{first} + {second}"
 
 
 def compare(args, _) -> None:
     runs = [load(folder, "eval.json") for folder in args.compare]
-    several = len({row["model"] for run in runs for row in run["table"]}) > 1
+    for folder, run in zip(args.compare, runs):
+        if not {"identity", "table", "correct"} <= run.keys():
+            raise BfclError(f"{folder}/eval.json is not of this version: evaluate again")
+    several = len({row["model"] for run in runs for row in run["table"] if row["stage"]}) > 1
     same, arms, tasks = runs[0]["identity"], {}, set(next(iter(runs[0]["correct"][0].values())))
     for folder, run in zip(args.compare, runs):
         apart = differences(same, run["identity"], ALIKE)
@@ -374,13 +388,16 @@ def compare(args, _) -> None:
               "rollouts": sorted({row["contract"].get("rollouts", 0) for row in seeds})}
              for i, ((arm, token), seeds) in enumerate(arms.items())]
     pairs, keys = [], list(arms)
+    floor = 1 - 0.2 ** (1 / len(set(families_of(tasks))))  # so many families could all miss a smaller one
     for a, b in itertools.combinations(range(len(keys)), 2):
-        primary = (keys[a], keys[b]) == PRIMARY and table[a]["rollouts"] == table[b]["rollouts"]
+        budgets = {*table[a]["rollouts"], *table[b]["rollouts"]}
+        primary = (keys[a], keys[b]) == PRIMARY and len(budgets) == 1
         if a == 0 or set(keys[a]) & set(keys[b]):  # others differ in one thing, the arm or the token
             gap = draws[a] - draws[b]  # 1.96 + 0.84 of its standard deviations: found by 80 % of such tests
             pairs.append({"kind": "primary" if primary else "exploratory", "a": keys[a], "b": keys[b],
                           "difference": table[a]["accuracy"] - table[b]["accuracy"],
-                          "interval": interval(gap), "detectable": 2.8 * float(gap.std())})
+                          "interval": interval(gap, tasks, least=-1.0),
+                          "detectable": max(2.8 * float(gap.std()), floor)})
     pairs.sort(key=lambda pair: pair["kind"] != "primary")
     part = "chosen by --tasks" if same["tasks"] else f"of part {same['part']} ({same['split']} split)"
     title = (f"{len(tasks)} tasks {part}, docs {same['docs']}, protocol {same['protocol']}, reward "
@@ -392,6 +409,9 @@ def compare(args, _) -> None:
     print_columns(["kind", "difference", "smallest detectable", "of", "minus"],
                   [[p["kind"], percent(p, "difference"), f"{100 * p['detectable']:.1f}",
                     ", ".join(p["a"]), ", ".join(p["b"])] for p in pairs])
+    if min(row["seeds"] for row in table) < 5:
+        print("Few seeds: the intervals hold the tasks' variance, and little (one seed: none) of that "
+              "between training runs.")
     if not any(pair["kind"] == "primary" for pair in pairs):
         print(f"The primary comparison is not among them: {', '.join(PRIMARY[0])} minus "
               f"{', '.join(PRIMARY[1])}, after the same number of rollouts.")
@@ -421,8 +441,8 @@ def draw(path: Path, table: list[dict], rows: list[dict], title: str) -> None:
                 lines = [json.loads(line) for line in log.read_text().splitlines()]
                 points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
                 axis.plot([x for x, _ in points], [y for _, y in points], color=colour[arm])
-        axis.set(title=f"{name}, in the colours of the arms", xlabel="step")
-    figure.suptitle(title, fontsize=8)
+        axis.set(title=name, xlabel="step")
+    figure.suptitle(f"{title}; curves in the colours of the arms", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -523,7 +543,7 @@ def evaluate(args, tasks) -> None:
                 write_official(Path(args.official_out), style, official)
         row["eval_seconds"] = time.monotonic() - start
         summary = Path(ckpt).parent / "summary.json"  # what the run that wrote this checkpoint took
-        row["run"] = json.loads(summary.read_text()) if summary.is_file() else {}
+        row["run"] = json.loads(summary.read_text()) if row["stage"] and summary.is_file() else {}
         del policy  # before the next one is loaded
     dist.destroy_process_group()
     if not world.main:
@@ -533,9 +553,10 @@ def evaluate(args, tasks) -> None:
     first = args.reward_tokens[0]
     print()
     print_columns(["checkpoint", *(f"accuracy, {token} token" for token in args.reward_tokens), "n",
-                   "train min", "eval min"],
+                   "tasks left out", "train min", "eval min"],
                   [[row["label"], *(percent(row[token]["overall"]) for token in args.reward_tokens),
-                    row[first]["overall"]["n"], f"{row['run'].get('seconds', 0) / 60:.1f}",
+                    row[first]["overall"]["n"], row["tasks_left_out"],
+                    f"{row['run']['seconds'] / 60:.1f}" if row["run"] else "-",
                     f"{row['eval_seconds'] / 60:.1f}"] for row in table])
     names = {"smollm2-135m-instruct": "SmolLM2-135M-Instruct (135M, from Q4_1)"}
     print("\nModel: " + ", ".join(sorted({names.get(row["model"], row["model"]) for row in table})) + ".")

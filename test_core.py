@@ -1772,7 +1772,7 @@ def test_intervals_resample_families():
     base = {f"multi_turn_base_{i}": float(i % 3 == 0) for i in range(200)}
     four = {f"{category}_{i}": base[f"multi_turn_base_{i}"] for i in range(200)
             for category in bfcl_env.CATEGORIES}
-    ends = [eval_bfcl.interval(eval_bfcl.bootstrap([[values]])[0]) for values in (base, four)]
+    ends = [eval_bfcl.interval(eval_bfcl.bootstrap([[values]])[0], values) for values in (base, four)]
     assert np.allclose(*ends, atol=0.01) and 0.11 < ends[0][1] - ends[0][0] < 0.15
     shifted = {task: 1 - value for task, value in four.items()}
     same, other = eval_bfcl.bootstrap([[four], [four]]), eval_bfcl.bootstrap([[four], [four, shifted]])
