@@ -941,6 +941,14 @@ def check_model(name: str) -> None:
                         "smollm2-135m-instruct")
 
 
+def write(path: Path, text: str) -> None:
+    """Written beside and renamed: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def check_out(args: argparse.Namespace) -> None:
     """Errors: BfclError if the run's folder holds a finished or another run, or cannot be written."""
     out = Path(args.out)

@@ -30,7 +30,7 @@ from types import SimpleNamespace
 import numpy as np
 
 import bfcl_env
-from bfcl_env import BfclEnv, BfclError, CallSyntaxError, Episode, judge, number, parse_calls
+from bfcl_env import BfclEnv, BfclError, CallSyntaxError, Episode, judge, number, parse_calls, write
 
 FREE = ("out", "score", "compare", "show", "official_out", "kv_gb")  # flags that change no result
 ALIKE = ("data_sha256", "split", "part", "categories", "tasks", "limit", "docs", "protocol", "reward",
@@ -89,14 +89,6 @@ def parse_args():
 
 # --------------------------------------------------------------------------------------------------
 # The evaluation's folder.
-
-def write(path: Path, text: str) -> None:
-    """Written beside and renamed: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
-
 
 def load(folder, name: str) -> dict:
     try:

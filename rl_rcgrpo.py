@@ -130,7 +130,7 @@ from sft_rctp import (Checkpointer, Interrupt, MetricsLogger, Packed, compute_dt
                       skipped_in_a_row, start_run, start_world, token_logprobs, update)
 
 TRUNCATED = ("turn_tokens", "total_tokens", "context")
-SUMS = ("loss", "tokens", "entropy", "gap", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean",
+SUMS = ("tokens", "entropy", "gap", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean",
         "clip_ratio/region_mean")  # over tokens; every rank has all of them, in this order
 CURVES = ["reward", "rc/reward_high", "rc/reward_low", "rc/var_within_tokens", "rc/var_between_tokens",
           "frac_reward_zero_std", "kl", "entropy", "grad_norm", "eval/reward_high"]
@@ -373,12 +373,13 @@ def main(args):
                 sampled = [x for i in owners.tolist() for x, m in zip(batch[i].logps, batch[i].mask) if m]
                 difference = (old_logps[at] - torch.tensor(sampled, device=logp.device)).abs()
                 largest_gap = max(largest_gap, difference.max().item())
-                parts = {"loss": loss.detach(), "entropy": entropy.sum(), "gap": difference.sum(),
+                parts = {"entropy": entropy.sum(), "gap": difference.sum(),
                          "tokens": len(logp), **{name: x * len(logp) for name, x in stats.items()}}
                 for name in SUMS:
                     sums[name] += float(parts[name])
                 return loss
-            norms.append(update(model, optimizer, packs, loss_of, world, args.max_grad_norm))
+            norm, loss = update(model, optimizer, packs, loss_of, world, args.max_grad_norm)
+            norms.append(norm)
         norm = next((n for n in norms if not math.isfinite(n)), norms[-1])
         skipped += not math.isfinite(norm)
         copy_weights(policy.model, model)
@@ -392,7 +393,7 @@ def main(args):
         if count:
             sums = {name: world.all_reduce(x) for name, x in sums.items()}
             n = sums.pop("tokens")
-            metrics |= {"loss": sums.pop("loss"),
+            metrics |= {"loss": loss,
                         "sampling/sampling_logp_difference/mean": sums.pop("gap") / n,
                         "sampling/sampling_logp_difference/max": max(world.gather([largest_gap])),
                         **{name: x / n for name, x in sums.items()}}

@@ -301,9 +301,10 @@ def with_idle(packs: list[Pack], world: World) -> list[Pack]:
     return [p.to(world.device) for p in packs + [idle] * (count - len(packs))]
 
 
-def update(model, optimizer, packs: list[Pack], loss_of, world: World, max_grad_norm: float) -> float:
-    """One optimizer step over this rank's packs; returns the gradient's norm. If that or the loss is not
-    finite the step is skipped.
+def update(model, optimizer, packs: list[Pack], loss_of, world: World,
+           max_grad_norm: float) -> tuple[float, float]:
+    """One optimizer step over this rank's packs; returns the gradient's norm and the loss, over all ranks. If
+    one is not finite the step is skipped, and the norm is not finite.
 
     loss_of(pack) -> scalar whose sum over the packs of all ranks is the loss: the gradient depends neither on
     how the packs are cut nor on how many ranks there are."""
@@ -313,11 +314,12 @@ def update(model, optimizer, packs: list[Pack], loss_of, world: World, max_grad_
         total += loss.item()
         (loss * world.size).backward()  # FSDP averages over ranks, this is a sum
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).full_tensor().item()
-    norm = norm if math.isfinite(world.all_reduce(total)) else math.nan
+    total = world.all_reduce(total)
+    norm = norm if math.isfinite(total) else math.nan
     if math.isfinite(norm):  # the same number on every rank
         optimizer.step()
     optimizer.zero_grad()
-    return norm
+    return norm, total
 
 
 def skipped_in_a_row(before: int, norm: float, step: int) -> int:
@@ -393,8 +395,8 @@ def plan(model, args, packs: list[tuple[Packed, int]], acts: bool, reference: bo
 
     model: on the meta device; packs: (layout, loss tokens) of one step; acts: whether a whole copy makes
     rollouts, for which --kv_gb is the most; reference: whether another waits in host memory. More than one
-    rank means GPUs. Activations are counted as autograd
-    keeps them for a Llama layer: 16 bytes a hidden unit (the two norms, in fp32), twice the rest."""
+    rank means GPUs. Activations are counted as autograd keeps them for a Llama
+    layer: 16 bytes a hidden unit (the two norms, in fp32), `width` bytes for the rest."""
     config = model.config
     device = torch.device("cuda" if torch.cuda.is_available() or args.plan > 1 else "cpu")
     width = compute_dtype(args.dtype, device).itemsize
@@ -469,10 +471,7 @@ def pinned(out: Path, name: str, value: str, world: World) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    """Written beside and renamed: a reader never sees half a file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(path)
+    bfcl_env.write(path, json.dumps(value, indent=1) + "\n")
 
 
 class Checkpointer:
@@ -573,8 +572,7 @@ class MetricsLogger:
             return
         lines = path.read_text().splitlines()[:done] if path.exists() else []
         self.began -= json.loads(lines[-1])["time"] if lines else 0.0  # of the processes before
-        path.with_suffix(".partial").write_text("".join(line + "\n" for line in lines))
-        path.with_suffix(".partial").replace(path)
+        bfcl_env.write(path, "".join(line + "\n" for line in lines))
         self.file = open(path, "a")
         if args.tracker == "wandb":
             import wandb
@@ -1009,21 +1007,17 @@ def main(args):
         batch = [t for i in order for t in pairs[i]][position % per_pair:][:args.batch]
         packs = pack(batch, args.tokens_per_microbatch)
         count = sum(len(p.target) for p in packs)  # one normaliser for the update, known before any forward
-        total = 0.0
 
         # step 4: L = -1/count * sum of log pi(a_t | h_t, r)
         def loss_of(p):
-            nonlocal total
-            logp = model.token_logprobs(p, banned)
-            loss = -logp.sum() / count
-            total += loss.item()
-            return loss
+            return -model.token_logprobs(p, banned).sum() / count
         lr = learning_rate(step, args.lr, args.warmup * steps, steps, decay=steps // 5)
         optimizer.param_groups[0]["lr"] = lr
-        norm = update(model, optimizer, packs[world.rank::world.size], loss_of, world, args.max_grad_norm)
+        norm, loss = update(model, optimizer, packs[world.rank::world.size], loss_of, world,
+                            args.max_grad_norm)
         skipped += not math.isfinite(norm)
         seconds, tokens = time.monotonic() - start, sum(len(p.ids) for p in packs)
-        metrics = {"loss": world.all_reduce(total), "grad_norm": norm, "learning_rate": lr,
+        metrics = {"loss": loss, "grad_norm": norm, "learning_rate": lr,
                    "num_tokens": tokens, "skipped_updates": skipped, "step_time": seconds,
                    "perf/throughput": tokens / seconds,
                    "perf/mfu": flops(model, [p.layout for p in packs], count) / seconds / rate / world.size,

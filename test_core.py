@@ -418,7 +418,7 @@ def test_not_finite_updates_are_skipped(world):
     policy, trajectories = tiny_policy(), play(tiny_policy(), range(2))
     model = sft_rctp.shard(policy.model, torch.float32, world)
     before = [p.full_tensor().clone() for p in model.parameters()]
-    norm = sft_rctp.update(model, sft_rctp.make_optimizer(model, 1e-2), sft_rctp.pack(trajectories),
+    norm, _ = sft_rctp.update(model, sft_rctp.make_optimizer(model, 1e-2), sft_rctp.pack(trajectories),
                            lambda p: model.token_logprobs(p, policy.banned).sum() * float("nan"), world, 1.0)
     assert all(torch.equal(a, b.full_tensor()) for a, b in zip(before, model.parameters()))
     assert sft_rctp.skipped_in_a_row(1, norm, 6) == 2 and sft_rctp.skipped_in_a_row(2, 1.0, 7) == 0
