@@ -7,9 +7,10 @@ RUN := $(VENV)/bin/python
 # After Ctrl-C torchrun kills its processes: not before the step is over and saved.
 TORCHRUN := $(VENV)/bin/torchrun --standalone --shutdown_timeout 3600
 
-# Eight short tasks (two to five calls each), learned by heart by `make demo`.
+# The three shortest tasks (two to five calls each), learned by heart by `make demo`.
+SEED ?= 0
 B := multi_turn_base
-DEMO := --docs signature --tasks $(B)_139,$(B)_50,$(B)_46,$(B)_11,$(B)_144,$(B)_13,$(B)_45,$(B)_133
+DEMO := --docs signature --tasks $(B)_50,$(B)_46,$(B)_38 --max_turn_tokens 48 --max_len 1024 --seed $(SEED)
 
 .PHONY: demo test test-full bench clean
 
@@ -20,12 +21,12 @@ $(VENV)/installed: requirements.txt
 	touch $@
 
 demo: $(VENV)/installed
+	@$(RUN) bench.py demo
 	rm -rf runs/demo
-	$(TORCHRUN) sft_rctp.py $(DEMO) --out runs/demo/sft --epochs 13 --batch 2 --no_token 0 --eval_every 0
-	$(TORCHRUN) rl_rcgrpo.py $(DEMO) --init runs/demo/sft/model --out runs/demo/rl --steps 2 --prompts 4 --group 4 \
-		--max_turn_tokens 128 --max_len 2048 --eval_every 0
-	$(RUN) eval_bfcl.py $(DEMO) --ckpt smollm2-135m-instruct runs/demo/sft/model runs/demo/rl/model \
-		--reward_tokens high,low --samples 4 --max_turn_tokens 128 --max_len 2048 --out runs/demo/eval
+	$(TORCHRUN) sft_rctp.py $(DEMO) --out runs/demo/sft --epochs 12 --batch 2 --no_token 0 --eval_every 0
+	$(TORCHRUN) rl_rcgrpo.py $(DEMO) --init runs/demo/sft/model --out runs/demo/rl --steps 1 --prompts 2 --group 4 --eval_every 0
+	$(RUN) eval_bfcl.py $(DEMO) --ckpt runs/demo/sft/model runs/demo/rl/model --reward_tokens high,low --samples 11 \
+		--out runs/demo/eval
 
 test: $(VENV)/installed
 	$(RUN) -m pytest -q test_core.py

@@ -4,6 +4,7 @@
     python bench.py sampler    # seconds for the same rollouts, against generate of transformers
     python bench.py train      # seconds and memory of a training step, against plain Hugging Face code
     python bench.py step       # one step of stage 2, by phases
+    python bench.py demo       # the minutes that `make demo` will take here
     python bench.py plan --model DIR --ranks 8 --docs full      # what a run of stage 1 takes;
     python bench.py plan --init DIR --ranks 8                   # of stage 2; other flags as for the stage
 """
@@ -13,8 +14,10 @@ import copy
 import ctypes
 import gc
 import io
+import itertools
 import json
 import math
+import os
 import random
 import statistics
 import sys
@@ -27,7 +30,7 @@ if __name__ == "__main__":
     bfcl_env.fix_hash_seed()
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import rl_rcgrpo
 import rollout as R
@@ -117,14 +120,15 @@ class FixedWorld:
         return bfcl_env.judge(self.task, [])
 
 
-def fixed_length(draw, chat, clock: list):
-    """`draw` with the stop token as the 64th of a message and no sooner; notes the time of each draw."""
-    def drawn(logits, uniform, greedy=False):
+def fixed_length(draw, chat):
+    """`draw` with the stop token as the 64th of a message and no sooner."""
+    drawn = itertools.count(1)
+
+    def fixed(logits, uniform, greedy=False):
         logits[:, [chat.stop_id, *chat.header_ids]] = float("-inf")
         ids, logps = draw(logits, uniform, greedy)
-        clock.append(time.perf_counter())
-        return (ids.fill_(chat.stop_id) if len(clock) % TOKENS == 0 else ids), logps
-    return drawn
+        return (ids.fill_(chat.stop_id) if next(drawn) % TOKENS == 0 else ids), logps
+    return fixed
 
 
 def longest_like(chat, tokens: int):
@@ -139,10 +143,9 @@ def bare_products(policy, rows: int, prefix: int, own: int) -> float:
     K, D = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     H, L = config.num_attention_heads, config.num_hidden_layers
 
-    def new(*shape, dtype=dtype):
+    def new(*shape):
         return torch.randn(*shape, device=device).to(dtype)
-    head = new(config.vocab_size, config.hidden_size, dtype=torch.float32)
-    last = new(rows, config.hidden_size)
+    head, last = R.head_of(policy.model), new(rows, config.hidden_size)
     q, weights = new(K, rows * H // K, D), new(K, rows * H // K, prefix)
     q_own, weights_own = new(rows, K, H // K, D), new(rows, K, H // K, own)
     shared, mine = new(L, 2, K, prefix, D), new(L, 2, rows, K, own, D)
@@ -152,14 +155,14 @@ def bare_products(policy, rows: int, prefix: int, own: int) -> float:
     times = []
     with torch.inference_mode():
         for _ in range(12):
-            start = time.perf_counter()
+            start = S.clock(device)
             for layer in range(L):
                 for w in linears[layer]:
                     inputs[w.shape[1]] @ w.T
                 q @ shared[layer, 0].transpose(1, 2), weights @ shared[layer, 1]
                 mine[layer, 0] @ q_own.transpose(2, 3), weights_own @ mine[layer, 1]
-            head @ last.float().T
-            times.append(time.perf_counter() - start)
+            R.masked_logits(last, head, policy.banned)
+            times.append(S.clock(device) - start)
     return statistics.median(times)
 
 
@@ -175,24 +178,27 @@ def bench_sampler(G: int = 8) -> dict:
     prompt, result = chat.opening(FixedWorld(task).messages(), "high"), chat.following(
         [{"role": "tool", "content": RESULT}])
 
-    draw, forward, clock, kv = R.draw, R.Sampler.forward, [], []
+    draw, forward, kv, steps = R.draw, R.Sampler.forward, [], []
 
-    def watched(sampler):  # what the cache holds at each step, by its tensors
+    def watched(sampler):
         kv.append(sampler.own.nbytes + sum(prefix.kv.nbytes for prefix in sampler.held))
-        return forward(sampler)
+        start = time.perf_counter()
+        said = forward(sampler)  # ends with a copy to the host
+        steps.append((time.perf_counter() - start) / len(said))
+        return said
     R.Sampler.forward = watched
 
     def ours(G):
-        clock.clear(), kv.clear()
+        kv.clear(), steps.clear()
         start = time.perf_counter()
         out = R.rollout(policy, [FixedWorld(task) for _ in range(G)], ["high"] * G,
                         max_turn_tokens=TOKENS + 1, max_len=4096)
         assert all(sum(t.mask) == MESSAGES * TOKENS for t in out)
         return time.perf_counter() - start
-    R.draw = fixed_length(draw, chat, clock)
+    R.draw = fixed_length(draw, chat)
     seconds = {g: ours(g) for g in (1, 4, 16)}
     own = ours(G)
-    decode = statistics.median(b - a for a, b in zip(clock, clock[1:]))
+    decode = statistics.median(steps)
     R.draw = draw
 
     model = AutoModelForCausalLM.from_pretrained(R.smollm2_dir(), dtype=policy.model.dtype,
@@ -202,14 +208,14 @@ def bench_sampler(G: int = 8) -> dict:
         # without the reward token, which this model has no row for
         ids = torch.tensor([[min(i, model.config.vocab_size - 1) for i in prompt]] * G, device=policy.device)
         cache = DynamicCache(config=model.config)
-        start = time.perf_counter()
+        start = S.clock(policy.device)
         with torch.inference_mode():
             for message in range(MESSAGES):
                 ids = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, pad_token_id=0,
                                      max_new_tokens=TOKENS, min_new_tokens=TOKENS,
                                      **({"past_key_values": cache} if keep else {}))  # [G, tokens so far]
                 ids = torch.cat([ids, torch.tensor([result] * G, device=policy.device)], 1)
-        return time.perf_counter() - start
+        return S.clock(policy.device) - start
     kept, again = generate(True), generate(False)
     tail = MESSAGES // 2 * (TOKENS + len(result))  # own tokens half-way
     return {"prompt_tokens": len(prompt), "result_tokens": len(result), "G": G, "seconds": own,
@@ -252,8 +258,14 @@ def group_of(P: int, branches: int, length: int, loss: int, seed: int = 0) -> li
                        [0.0] * len(mask), 0.0, "done", {}) for _ in range(branches)]
 
 
-def peak_above(work) -> int:
-    """Bytes that this process held at most while `work()` ran, above what it held before (Linux)."""
+def peak_above(work, device) -> int:
+    """Bytes held at most while `work()` ran, above those before: of the GPU, or (Linux) of the process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+
     def status(field):
         line = next(line for line in open("/proc/self/status") if line.startswith(field))
         return 1024 * int(line.split()[1])
@@ -279,25 +291,27 @@ def bench_train() -> dict:
         plain = AutoModelForCausalLM.from_config(copy.deepcopy(policy.model.config), dtype=dtype,
                                                  attn_implementation="sdpa")
         plain.load_state_dict(policy.model.state_dict())
-        return policy, plain
+        return policy, plain.to(policy.device)
 
     def ours(policy, rows):
-        [p] = S.pack(rows, budget=10**6)
+        [p] = S.pack(rows, 10**6, policy.device)
         (-S.token_logprobs(policy.model, p, policy.banned).sum()).backward()
 
     def theirs(plain, rows):
-        ids = torch.tensor([t.ids for t in rows])  # [B, T]
-        labels = ids.masked_fill(torch.tensor([t.mask for t in rows]) == 0, -100)  # [B, T]
+        ids, mask = torch.tensor([[t.ids, t.mask] for t in rows], device=plain.device).unbind(1)  # [B, T]
+        labels = ids.masked_fill(mask == 0, -100)  # [B, T]
         logits = plain(input_ids=ids, use_cache=False).logits.float()  # [B, T, V]
         torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(),
                                           reduction="sum").backward()
 
-    def seconds(work):
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
     policy, plain = models(torch.float32)
+    device = policy.device
+
+    def seconds(work):
+        start = S.clock(device)
+        work()
+        return S.clock(device) - start
+
     policy.banned[:] = False  # the plain path knows no banned ids
     rows = group_of(512, 4, 64, 64)
     ours(policy, rows)
@@ -305,15 +319,15 @@ def bench_train() -> dict:
     error = max(((p.grad - q.grad).norm() / q.grad.norm()).item()
                 for p, q in zip(policy.model.parameters(), plain.parameters(), strict=True))
 
-    dtype = R.compute_dtype("auto", policy.device)
+    dtype = R.compute_dtype("auto", device)
     policy, plain = models(dtype)
     small = group_of(8, 2, 8, 8)
     ours(policy, small), theirs(plain, small)  # touches weights and gradients
     rows = group_of(1000, 4, 150, 150)
-    memory = [peak_above(lambda: ours(policy, rows)), peak_above(lambda: theirs(plain, rows))]
+    memory = [peak_above(lambda: ours(policy, rows), device), peak_above(lambda: theirs(plain, rows), device)]
     rows = group_of(2400, 8, 400, 250)
     mine = min(seconds(lambda: ours(policy, rows)) for _ in range(2))
-    rate = matmul_rate(dtype, policy.device, times=2)
+    rate = matmul_rate(dtype, device, times=2)
     layouts, loss_tokens = [p.layout for p in S.pack(rows, 10**6)], sum(sum(t.mask) for t in rows)
     operations = flops(policy.model, layouts, loss_tokens)
     one_by_one = seconds(lambda: [theirs(plain, [t]) for t in rows])
@@ -324,10 +338,9 @@ def bench_train() -> dict:
 
 def bench_step() -> dict:
     """One step of rl_rcgrpo.py itself, by phases: one task, G rollouts of six messages of 64 tokens."""
-    policy, draw, lines, clock = R.load_policy(R.DEFAULT_MODEL), R.draw, {}, []
+    policy, draw, lines = R.load_policy(R.DEFAULT_MODEL), R.draw, {}
     task = longest_like(policy.chat, 2400)
     bfcl_env.env_maker = lambda args, style: lambda task: FixedWorld(task)
-    R.draw = fixed_length(draw, policy.chat, clock)
     with tempfile.TemporaryDirectory() as folder:
         policy.model.save_pretrained(f"{folder}/model")
         policy.tokenizer.save_pretrained(f"{folder}/model")
@@ -336,7 +349,7 @@ def bench_step() -> dict:
                        "tokens": ["high", "low"], "reward_ids": policy.reward_ids,
                        "template_sha256": policy.chat.fingerprint}, f)
         for G in (4, 8, 16):
-            clock.clear()
+            R.draw = fixed_length(draw, policy.chat)
             sys.argv = ["rl_rcgrpo.py", *f"--init {folder}/model --out {folder}/{G} --tasks {task.id} "
                         f"--docs slim --steps 1 --prompts 1 --group {G} --max_turn_tokens {TOKENS + 1} "
                         f"--max_len 4096 --tokens_per_microbatch 16384 --save_every 0 --eval_every 0".split()]
@@ -348,16 +361,6 @@ def bench_step() -> dict:
     return {**phases, "step": lines[8]["step_time"], "G": 8,
             "peak_memory_gb": lines[8]["perf/max_memory_allocated_gb"],
             "seconds_a_rollout": {G: line["step_time"] / G for G, line in lines.items()}}
-
-
-def on_meta(name: str):
-    """The policy's shapes without its weights."""
-    if name == "tiny":
-        return R.load_policy(name)
-    path = R.smollm2_dir() if name == R.DEFAULT_MODEL else name
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-    return R.make_policy(name, model, AutoTokenizer.from_pretrained(path))
 
 
 def planned_packs(policy, args, stage2: bool) -> list:
@@ -387,7 +390,7 @@ def bench_plan(flags: list[str]) -> dict:
     own, rest = parser.parse_known_args(flags)
     stage2, ranks = any(flag.startswith("--init") for flag in rest), own.ranks
     args = (rl_rcgrpo if stage2 else S).parse_args(rest)
-    policy = on_meta(args.init if stage2 else args.model)
+    policy = R.load_policy(args.init if stage2 else args.model, torch.float32, "meta", weights=False)
     packs = planned_packs(policy, args, stage2)
     config, layers = policy.model.config, policy.model.model.layers
     device = torch.device("cuda" if torch.cuda.is_available() or ranks > 1 else "cpu")
@@ -404,31 +407,49 @@ def bench_plan(flags: list[str]) -> dict:
         tokens = layout.spans[-1][1] if layout.spans else layout.prefix
         # [prefix | branch] of each branch
         copies = 2 * width * KD * (len(layout.spans) * layout.prefix + tokens - layout.prefix)
-        if args.gradient_checkpointing:
+        if S.checkpointed(policy.model, args.gradient_checkpointing):
             return L * width * config.hidden_size * tokens + kept * tokens + copies
         return L * (kept * tokens + copies)
-    rows = min(512, max(n for _, n in packs))
+    rows, cuda, hidden = min(512, max(n for _, n in packs)), device.type == "cuda", config.hidden_size
+    wide = 4 * V * hidden * (width == 2 and not cuda)  # the head in fp32, see `head_of`
     held = {"masters (fp32)": 4 * N / ranks, "AdamW moments": 8 * N / ranks}
     update = {"gradients": 4 * N / ranks,
               "gathered weights": width * (2 * layer + N - L * layer) + 4 * (N - L * layer),
-              "head on loss positions": 4 * V * (2 * config.hidden_size + 5 * rows),
+              "head on loss positions": 2 * wide + width * V * hidden * cuda + 20 * V * rows,
               "activations": max(activations(layout) for layout, _ in packs)}
-    acting = {}
-    if stage2 or args.eval_every:
-        acting = {"rollout / reference copy": width * N, "KV cache, at most": args.kv_gb * 2**30}
-    host = 0
-    if device.type == "cpu":  # Python and its libraries, and the reference
-        host = 0.6 * 2**30 + width * N * stage2
+    acting, one = {}, 2 * width * L * KD * min(args.max_len, policy.max_len) / 2**30  # GiB of a conversation
+    if stage2 or args.eval_every:  # on CUDA the cache takes what is left by default, but that at least
+        kv = args.kv_gb or (one if cuda else 4)
+        acting = {"rollout / reference copy": width * N, "its head": wide, "KV cache": kv * 2**30}
+    host = 0 if cuda else 0.6 * 2**30 + width * N * stage2  # Python and its libraries, and the reference
     peak = host + sum(held.values()) + max(sum(update.values()), sum(acting.values()))
     for name, size in {**held, **update, **acting, "peak": peak}.items():
         print(f"  {name:28} {size / 2**30:9.2f} GiB a rank")
+    fits = None
+    if cuda == torch.cuda.is_available():  # the kind of machine that this plan is for
+        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        has = torch.cuda.mem_get_info()[1] if cuda else host
+        fits = peak < 0.95 * has
+        print(f"  this machine has {has / 2**30:.0f} GiB: it {'fits' if fits else 'does NOT fit'}")
     work = flops(policy.model, [layout for layout, _ in packs], sum(n for _, n in packs))
     return {"parameters": N, "ranks": ranks, "device": device.type, "bytes": {**held, **update, **acting},
-            "peak_bytes": peak, "flops": work, "flops_a_rank": work / ranks}
+            "peak_bytes": peak, "fits": fits, "flops": work, "flops_a_rank": work / ranks}
+
+
+def bench_demo() -> dict:
+    """Minutes of `make demo` on this machine, from half a second of its matrix products: 45 TFLOP, whose
+    products are small and reach less than half of that rate in bf16; and what does not depend on it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = R.compute_dtype("auto", device)
+    rate = matmul_rate(dtype, device)
+    minutes = 0.6 + 45e12 / (rate if dtype == torch.float32 else 0.42 * rate) / 60
+    print(f"make demo: about {minutes:.0f} minutes here ({rate / 1e9:.0f} GFLOP/s in {str(dtype)[6:]})")
+    return {"minutes": minutes, "gflops": rate / 1e9}
 
 
 if __name__ == "__main__":
-    benches = {"env": bench_env, "sampler": bench_sampler, "train": bench_train, "step": bench_step}
+    benches = {"env": bench_env, "sampler": bench_sampler, "train": bench_train, "step": bench_step,
+               "demo": bench_demo}
     parser = argparse.ArgumentParser(description="Measure a claim of the README, or plan a run.")
     parser.add_argument("what", choices=[*benches, "plan"])
     chosen, flags = parser.parse_known_args()

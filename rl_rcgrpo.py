@@ -24,7 +24,6 @@ conditions. Axes: S tasks, G rollouts of a group, B rollouts, M loss positions o
 import argparse
 import math
 import random
-import time
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -42,7 +41,7 @@ import sft_rctp
 from bfcl_env import BfclError
 from rollout import (Pack, Trajectory, check_model, checksum, compute_dtype, load_policy, mean_reward, number,
                      pack, read_contract, rollout, run_main, token_logprobs, transcript)
-from sft_rctp import (Run, begin_run, copy_weights, hold, learner, learning_rate,
+from sft_rctp import (Run, begin_run, clock, copy_weights, hold, keep_weights, learner, learning_rate,
                       release_weights, shuffled, start_ranks, update, validate, validation_tasks,
                       with_idle)
 
@@ -349,19 +348,18 @@ def main():
     out, dtype = begin_run(args, ranks), compute_dtype(args.dtype, ranks.device)
 
     # The acting policy is one whole copy in the compute dtype; the learning one is sharded, its masters fp32.
-    # The same memory holds, in turn, the acting weights and the reference's (kept in host memory), and is
-    # given back before the backward pass.
-    policy = load_policy(args.init, dtype, ranks.device)
-    hold(out, ranks, {"reference": checksum(policy.model)})
-    reference = {}
-    if args.beta:
-        reference = {name: p.detach().cpu().clone() for name, p in policy.model.named_parameters()}
+    # The same memory holds, in turn, the acting weights and the reference's, and is given back before the
+    # backward pass.
+    policy = load_policy(args.init, dtype, ranks.device, weights=False)
     make_env = bfcl_env.env_maker(args, policy.style(args.style))
     chosen, val_tasks = bfcl_env.select_tasks(args), validation_tasks(args)
     tasks = sampler.fitting(policy, chosen, make_env, args.max_len)
     val_tasks = sampler.fitting(policy, val_tasks, make_env, args.max_len)
-    learning = load_policy(args.init, torch.float32, "cpu")
+    learning = load_policy(args.init, torch.float32, "cpu", weights=ranks.main)
+    weights = ranks.gather([ranks.main and checksum(learning.model)])[0]
+    hold(out, ranks, {"reference": weights, "compute": str(dtype)})
     model, optimizer = learner(learning, args, dtype, ranks)
+    reference = keep_weights(model, dtype) if args.beta else {}
     run = Run(out, args, model, optimizer, args.steps, ranks)
     cursor = run.state.setdefault("cursor", 0)  # tasks that were drawn so far
     copy_weights(policy.model, model)
@@ -372,12 +370,12 @@ def main():
               f"{ranks.size} x {ranks.device.type} | {out}")
 
     for step in run.steps():
-        began = time.monotonic()
+        began = clock(ranks.device)
 
         # steps 1 and 2: tasks, tokens and rollouts, from the whole copy; each rank makes its share
         groups, drawn, cursor = draw_groups(policy, tasks, cursor, step, make_env, args, ranks)
         run.state["cursor"] = cursor
-        rolled = time.monotonic()
+        rolled = clock(ranks.device)
 
         # step 3: rewards and advantages
         batch = [t for group in groups for t in group.trajectories]
@@ -386,23 +384,27 @@ def main():
 
         # step 4: the reference takes the place of the acting weights for its log-probs
         if args.beta:
-            copy_weights(policy.model, reference)
+            copy_weights(policy.model, model, reference)
             for p in packs:
                 with torch.no_grad():
                     p.ref_logp = token_logprobs(policy.model, p, policy.banned, args.temperature)  # [M]
         release_weights(policy.model)
-        compared = time.monotonic()
+        compared = clock(ranks.device)
 
         # step 5: loss and update
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args.lr, args.steps)
+        lr = learning_rate(step, args.lr, args.steps)
+        optimizer.param_groups[0]["lr"] = lr
         metrics = learn(model, optimizer, packs, policy.banned, args, ranks)
         copy_weights(policy.model, model)
-        seconds = time.monotonic() - began
+        seconds = clock(ranks.device) - began
 
         metrics |= group_metrics(drawn, args.p_high)
-        metrics |= {"timing_s/rollout": rolled - began, "timing_s/reference": compared - rolled,
-                    "timing_s/update": began + seconds - compared, "step_time": seconds,
-                    "perf/throughput": metrics["num_tokens"] / seconds, "learning_rate": lr}
+        metrics |= {"timing_s/rollout": rolled - began,
+                    "timing_s/reference": compared - rolled,
+                    "timing_s/update": began + seconds - compared,
+                    "step_time": seconds,
+                    "perf/throughput": metrics["num_tokens"] / seconds,
+                    "learning_rate": lr}
         if ranks.main:
             keep_rollouts(out, step, drawn, policy.tokenizer)
         if val_tasks and (step % args.eval_every == 0 or step == args.steps):

@@ -19,6 +19,8 @@ Axes: B live rows, N tokens of one forward, M loss positions, H query heads, K k
 P prefix, T own tokens of a row, V vocabulary, L layers.
 """
 import argparse
+import atexit
+import contextlib
 import hashlib
 import itertools
 import json
@@ -38,15 +40,19 @@ if __name__ == "__main__":
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Huge pages: without them a third of a training step on a CPU goes to touching fresh memory.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+    # Rollouts and updates take blocks of other sizes in turn: let one use what the other gave back.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import init_empty_weights
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer,
-                          LlamaConfig, PreTrainedTokenizerFast)
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM,
+                          AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast)
 from transformers.masking_utils import flash_attention_mask
 
 from bfcl_env import BfclError
@@ -68,9 +74,12 @@ def attention(q, k, v, scale):
     """Causal attention of S new tokens, which are the last S of the keys.
 
     q [B, H, S, D]; k, v [B, K, past + S, D] -> [B, H, S, D]. On CUDA grouped heads and the lower-right causal
-    bias both reach the flash kernel; the math kernel would build [B, H, S, past + S]."""
+    bias both reach the flash kernel in bf16; in fp32 the memory-efficient one, which wants as many key heads
+    as query heads. The math kernel would build [B, H, S, past + S]."""
     past = k.shape[2] - q.shape[2]
     bias = causal_lower_right(q.shape[2], k.shape[2]) if past else None
+    if q.is_cuda and q.dtype == torch.float32:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, bias, is_causal=not past, scale=scale, enable_gqa=True)
 
 
@@ -197,15 +206,59 @@ def extend(policy, spans: list[Span]):
 
 
 # ---- Logits ------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def bf16_factors():
+    """On a CPU, fp32 products whose factors are bf16 numbers run at the speed of bf16 and lose nothing. Only
+    in here: others would be rounded, such as the rotary angles of some versions of transformers."""
+    switch = torch.backends.mkldnn.matmul
+    before, switch.fp32_precision = switch.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
+class _Product(torch.autograd.Function):
+    """hidden [M, hidden], head [V, hidden] -> hidden @ head^T [M, V] in fp32, of factors that are bf16
+    numbers: bf16 tensors on CUDA, whose gradients are bf16 too, as those of all other weights; fp32 tensors
+    on a CPU, where products do not widen."""
+
+    @staticmethod
+    def forward(ctx, hidden, head):
+        ctx.save_for_backward(hidden, head)
+        if hidden.is_cuda:
+            return torch.mm(hidden, head.T, out_dtype=torch.float32)
+        with bf16_factors():
+            return product(hidden, head)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, head = ctx.saved_tensors
+        grad = grad.to(head.dtype)  # [M, V]
+        with bf16_factors():
+            return grad @ head, grad.T @ hidden
+
+
+def product(hidden, head):
+    """hidden [M, hidden], head [V, hidden] -> [M, V]; for few rows this order is twice as fast on a CPU."""
+    if len(hidden) > 64:
+        return F.linear(hidden, head)
+    return (head @ hidden.T).T.clone(memory_format=torch.contiguous_format)  # no view: it is filled in place
+
+
+def head_of(model):
+    """[V, hidden] as `masked_logits` takes it: widened once for all products on a CPU."""
+    head = model.get_output_embeddings().weight
+    return head if head.is_cuda else head.float()
+
+
 def masked_logits(hidden, head, banned, temperature=1.0):
     """What both the sampler and the trainer take the softmax of: fp32 logits / T, banned ids at -inf.
 
-    hidden [M, hidden], head [V, hidden], banned [V] bool -> [M, V]; temperature 0 (greedy) counts as 1. The
-    product is fp32 because logits near 20 rounded to bf16 would be off by 0.06; on CUDA it runs as TF32,
-    which loses nothing of bf16 factors."""
-    hidden, head = hidden.float(), head.float()
-    # For a few rows this order is twice as fast on a CPU.
-    logits = F.linear(hidden, head) if len(hidden) > 64 else (head @ hidden.T).T.contiguous()
+    hidden [M, hidden], head from `head_of`, banned [V] bool -> [M, V]; temperature 0 (greedy) counts as 1. A
+    logit near 20 that were rounded to bf16 would be off by 0.06."""
+    logits = (product(hidden, head) if hidden.dtype == torch.float32
+              else _Product.apply(hidden.to(head.dtype), head))
     if temperature not in (0, 1):
         logits = logits / temperature
     return logits.masked_fill_(banned, float("-inf"))
@@ -221,7 +274,8 @@ def draw(logits, uniform, greedy=False):
         total = cdf[:, -1]
         # A point below the total, even rounded, and the first id whose CDF exceeds it: p(id) > 0.
         point = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
-        ids = torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
+        # NaN logits point behind the last id: `Sampler.forward` says so.
+        ids = torch.searchsorted(cdf, point[:, None], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
         if logp.is_cuda:  # a parallel sum need not be monotone: at a block's border it can point at p(id) = 0
             ids = torch.where(logp.gather(1, ids[:, None])[:, 0].isinf(), logits.argmax(-1), ids)
     return ids, logp.gather(1, ids[:, None])[:, 0]
@@ -300,12 +354,18 @@ class Sampler:
     max_turn_tokens: int = 256  # sampled tokens of one message
     max_total_tokens: int = 2048  # and of a rollout
     max_len: int = 8192  # tokens of a conversation, at most the model's context
-    kv_gb: float = 4.0  # GiB that the KV cache may take
+    kv_gb: float | None = None  # GiB that the KV cache may take; None: 4, on CUDA most of what is free
 
     def __post_init__(self):
         policy = self.policy
         self.max_len = min(self.max_len, policy.max_len)
-        self.head = policy.model.get_output_embeddings().weight.float()  # [V, hidden], once for all steps
+        if self.kv_gb is None:
+            self.kv_gb = 4.0
+            if policy.device.type == "cuda":
+                torch.cuda.empty_cache()  # of an update, say
+                # The rest is for activations of prompts and for logits.
+                self.kv_gb = 0.6 * torch.cuda.mem_get_info(policy.device)[0] / 2**30
+        self.head = head_of(policy.model)  # [V, hidden]
         self.ends = torch.zeros_like(policy.banned)  # [V] bool, the tokens that end a message
         self.ends[[policy.chat.stop_id, *policy.chat.header_ids]] = True
         self.waiting, self.live = deque(), []  # rows; live row b has slot b of the cache
@@ -343,7 +403,7 @@ class Sampler:
         longest, distinct = max(lengths, default=0), len({row.prefix for row in rows})
         if own + longest > budget:
             least = (own + longest) * token_bytes / 2**30 + 0.005  # rounded up
-            raise BfclError(f"--kv_gb {self.kv_gb} does not hold one conversation of --max_len "
+            raise BfclError(f"--kv_gb {self.kv_gb:.4g} does not hold one conversation of --max_len "
                             f"{self.max_len} tokens: give {least:.2f} or more")
         # A row needs its own tokens and its share of the prefixes; one whole prefix must always fit.
         share = longest * distinct / max(1, len(rows))
@@ -412,7 +472,11 @@ class Sampler:
             ids = torch.where(over, ids, tokens)  # a row that is over repeats its last token at its place
             place = place + (~over).long()
             over = over | self.ends[tokens]
-        return torch.stack(said).tolist()  # the one copy to the host
+        said = torch.stack(said).cpu()  # the one copy to the host
+        if said.isnan().any():
+            raise BfclError(f"{policy.name}: its logits are NaN. Its weights are broken, which too large a "
+                            "--lr does, or too large for this --dtype")
+        return said.tolist()
 
     def _groups(self):
         """(Prefix, [b] indices of its rows) of the live rows."""
@@ -632,7 +696,7 @@ def token_logprobs(model, pack: Pack, banned, temperature=1.0, entropy=False, ch
     Returns logp [M] with gradient and, if asked for, the entropies [M] without. The head runs on loss
     positions only, `chunk` at a time and again in the backward pass: no [N, V] tensor exists."""
     hidden = hidden_states(model, pack.ids, pack.positions, pack.layout)  # [N, hidden]
-    head = model.lm_head.weight.float()  # [V, hidden], once for all chunks
+    head = head_of(model)  # [V, hidden]
 
     def of_chunk(h, target):  # [m, hidden], [m] -> [m], [m]
         logp = masked_logits(h, head, banned, temperature).log_softmax(-1)  # [m, V]
@@ -811,12 +875,7 @@ def compute_dtype(flag, device: torch.device):
     if flag == "auto":
         probe = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # not in every build of torch
         flag = "bf16" if device.type == "cuda" or probe and probe() else "fp32"
-    if flag == "fp32":
-        return torch.float32
-    # For the fp32 head, whose factors are bf16 numbers: such products lose nothing.
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    return torch.bfloat16
+    return torch.float32 if flag == "fp32" else torch.bfloat16
 
 
 def check_model(name):
@@ -835,27 +894,45 @@ def check_model(name):
                         f"{DEFAULT_MODEL}")
 
 
-def load_policy(name_or_dir, dtype: torch.dtype | None = None, device=None) -> Policy:
+def load_policy(name_or_dir, dtype: torch.dtype | None = None, device=None, weights=True) -> Policy:
     """Load a model for sampling or training, with the two reward tokens in its vocabulary.
 
     name_or_dir: the default model's name, `tiny`, a Hugging Face directory or a hub id; dtype None: bf16
-    where the processor has it; device None: a GPU if there is one.
+    where the processor has it; device None: a GPU if there is one; weights False: memory for them that nobody
+    has read or touched, where they come from another rank.
     Errors: BfclError for what is no model, for a tokenizer without a chat template, and for sliding-window or
     non-causal attention."""
     check_model(name_or_dir)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or compute_dtype("auto", device)
-    if name_or_dir == "tiny":
-        tokenizer, model = tiny_tokenizer(), AutoModelForCausalLM.from_config(tiny_config(), dtype=dtype)
-    else:
-        path = smollm2_dir() if name_or_dir == DEFAULT_MODEL else name_or_dir
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
+    path = smollm2_dir() if name_or_dir == DEFAULT_MODEL else name_or_dir
+    try:
+        tokenizer = tiny_tokenizer() if path == "tiny" else AutoTokenizer.from_pretrained(path)
+        if not weights:
+            model = empty_model(path, dtype, device)
+        elif path == "tiny":
+            model = AutoModelForCausalLM.from_config(tiny_config(), dtype=dtype)
+        else:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise BfclError(f"{name_or_dir} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError) as error:
+        raise BfclError(f"{name_or_dir} cannot be loaded: {str(error).splitlines()[0]}") from error
+    # cuDNN's attention, which torch prefers on Hopper, plans anew for every length, 0.03 to 1 s each.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     # Not `.to(device, dtype)`: that would round the frequencies of the rotary embedding, which stay fp32.
     return make_policy(name_or_dir, model.to(device), tokenizer)
+
+
+def empty_model(path, dtype, device):
+    """A model with its buffers (rotary frequencies) and with memory for its weights."""
+    config = tiny_config() if path == "tiny" else AutoConfig.from_pretrained(path)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    buffers = dict(model.named_buffers())
+    model.to_empty(device=device)  # of the buffers too
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    model.tie_weights()
+    return model
 
 
 def make_policy(name, model, tokenizer) -> Policy:
@@ -882,21 +959,22 @@ def make_policy(name, model, tokenizer) -> Policy:
 def add_reward_tokens(model, tokenizer):
     """Give the vocabulary the two reward tokens, one id each, unless it has them.
 
-    Both start from the mean embedding, moved towards their own word. From one and the same start a model told
-    them apart in nothing after 48 updates of four tasks; from here, in three of the four."""
+    They start at opposite sides of the mean embedding, in a fixed random direction, half as far from it as
+    other tokens. From one and the same start a model told them apart in none of four tasks after 40 updates,
+    moved towards the words "high" and "low" in one or two, from here in three."""
     if REWARD_TOKENS["high"] in tokenizer.get_added_vocab():
         return
-    words = {k: tokenizer.encode(" " + k, add_special_tokens=False) for k in REWARD_TOKENS}
     known = len(tokenizer)
     new = [AddedToken(text, special=True, normalized=False) for text in REWARD_TOKENS.values()]
     tokenizer.add_tokens(new, special_tokens=True)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):  # [V, hidden]
-        mean = table[:known].float().mean(0)  # [hidden]
-        high, low = (table[words[k]].float().mean(0) for k in ("high", "low"))  # [hidden] each
-        for text, offset in zip(REWARD_TOKENS.values(), ((high - low) / 2, (low - high) / 2)):
-            table[tokenizer.convert_tokens_to_ids(text)] = (mean + offset).to(table.dtype)
+        others = table[:known].float()
+        offset = torch.randn(table.shape[1], generator=torch.Generator().manual_seed(0)).to(table.device)
+        offset *= others.std(0) / 2  # [hidden]
+        for text, sign in zip(REWARD_TOKENS.values(), (1, -1)):
+            table[tokenizer.convert_tokens_to_ids(text)] = (others.mean(0) + sign * offset).to(table.dtype)
 
 
 def head_dim(config):
@@ -1004,9 +1082,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser):
         help="sampled tokens a rollout (default: %(default)s)")
     add("--max_len", default=8192, type=number(int, 16),
         help="tokens of a conversation, at most the model's context (default: %(default)s)")
-    add("--kv_gb", default=4.0, type=number(float, 0.001),
+    add("--kv_gb", type=number(float, 0.001),
         help="GiB that the KV cache may take; how many rows are live at once follows from it, and in bf16 "
-        "the last digits of their log-probs, so that a run keeps it (default: %(default)s)")
+        "the last digits of their log-probs (default: 4; on CUDA 0.6 of what is free)")
 
 
 def sampling(args):
@@ -1016,14 +1094,29 @@ def sampling(args):
 
 
 def run_main(main):
-    """Expected errors in one sentence: a mistake in the flags, a full disk."""
+    """Expected errors in one sentence: a mistake in the flags, a full disk.
+
+    A rank of torchrun ends here, not through the interpreter's own end: there gloo's thread, which may still
+    wait for the GIL to free the tensors of the last collective, is torn out of a C++ destructor, and that
+    aborts the rank ("terminate called without an active exception") with all its work done."""
+    status = 0
     try:
         main()
+    except SystemExit as stop:
+        status = stop.code
     except BfclError as error:
-        sys.exit(f"error: {error}")
+        status = f"error: {error}"
     except OSError as error:
-        sys.exit(f"error: cannot read or write {error.filename or 'a file'} ({error.strerror}): make room, "
-                 "or give another folder; the same command goes on")
+        status = (f"error: cannot read or write {error.filename or 'a file'} ({error.strerror}): make room, "
+                  "or give another folder; the same command goes on")
+    if "RANK" not in os.environ:
+        sys.exit(status)
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    atexit._run_exitfuncs()  # a tracker sends what it holds
+    sys.stdout.flush()
+    os._exit(status or 0)
 
 
 def main():

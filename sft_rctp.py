@@ -14,6 +14,7 @@ Stage 1 teaches one policy both to succeed and to fail, and which of the two fro
 The first half of this file is the training engine of both stages: ranks, the update, the run's folder.
 """
 import argparse
+import atexit
 import contextlib
 import datetime
 import fcntl
@@ -45,7 +46,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import distribute_tensor
 from tqdm import tqdm
 
 import rollout as sampler
@@ -101,32 +102,53 @@ class Ranks:
 
 
 def start_ranks() -> Ranks:
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    """Errors: BfclError if a launcher other than torchrun left out which GPU is this rank's."""
+    if ("RANK" in os.environ) != ("LOCAL_RANK" in os.environ):
+        raise BfclError("only one of RANK and LOCAL_RANK is set: start the ranks with torchrun, or set both")
     options = {}  # from torchrun, by environment variables
     if "RANK" not in os.environ:  # plain `python`
         options = dict(store=dist.HashStore(), rank=0, world_size=1)
-    # Ranks end their rollouts at different times: hours, not the default 10 minutes, may lie between them.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-                            timeout=datetime.timedelta(days=7), **options)
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
-    if kind == "cuda":
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
+        options["device_id"] = device
+    # Ranks end their rollouts at different times: hours, not the default 10 minutes, may lie between them.
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=7), **options)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
+def clock(device):
+    """Seconds, after what the device was given is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
+
+
+def checkpointed(model, flag):
+    """What --gradient_checkpointing means; without it 7B do not fit on a 141 GB card beside their moments."""
+    return flag == "on" or flag == "auto" and model.num_parameters() > 1e9
+
+
 def learner(policy, args, dtype, ranks):
-    """(model, optimizer) to train a policy that was loaded in fp32 on the host: FSDP2 over all ranks, each
-    moves its part; fp32 masters, `dtype` compute, fp32 reduction. `token_logprobs` becomes a method.
+    """(model, optimizer) to train a policy that lies in fp32 on the host: FSDP2 over all ranks, each moves
+    its part; fp32 masters, `dtype` compute, fp32 reduction. The weights are those of rank 0, others need
+    none. `token_logprobs` becomes a method.
 
     AdamW without weight decay; beta2 0.95, since at 0.999 a short run never forgets its large first
     gradients, and its steps stay small."""
     model = policy.model
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    if checkpointed(model, args.gradient_checkpointing):
+        # The second is its name in older versions of transformers.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    whole = {name: p.detach() for name, p in model.named_parameters()}
     mesh = torch.distributed.init_device_mesh(ranks.device.type, (ranks.size,))
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for part in [*model.model.layers, model]:  # a layer's weights are gathered when it runs
         fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
+    for name, p in model.named_parameters():
+        source = whole.pop(name).to(ranks.device)  # counts on rank 0 only
+        p.detach().to_local().copy_(distribute_tensor(source, mesh, p.placements).to_local())
     model.token_logprobs = types.MethodType(token_logprobs, model)
     register_fsdp_forward_method(model, "token_logprobs")  # calls inner modules: gather the root's weights
     return model.train(), torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95),
@@ -134,20 +156,35 @@ def learner(policy, args, dtype, ranks):
 
 
 @torch.no_grad()
-def copy_weights(target, source):
-    """Fill the whole model `target`, one parameter at a time, from a sharded model or a dict of tensors."""
-    source = source if isinstance(source, dict) else dict(source.named_parameters())
-    for name, p in target.named_parameters():
-        whole = source[name].full_tensor() if isinstance(source[name], DTensor) else source[name]
+def copy_weights(target, model, kept=None):
+    """Fill the whole model `target`, one parameter at a time, from the sharded `model`, or from the shards of
+    it that `keep_weights` has put aside."""
+    for p, (name, shard) in zip(target.parameters(), model.named_parameters(), strict=True):
+        if kept:
+            shard = torch.empty_like(shard, dtype=p.dtype)
+            shard.to_local().copy_(kept[name])
+        whole = shard.full_tensor()
         if p.shape != whole.shape:  # it was released
             p.data = torch.empty(whole.shape, dtype=p.dtype, device=p.device)
         p.copy_(whole)  # in the target's dtype
 
 
+def keep_weights(model, dtype):
+    """This rank's shards in host memory, from where a GPU fetches them quickly. (torch rounds the size of
+    pinned blocks up to powers of two.)"""
+    kept = {}
+    for name, p in model.named_parameters():
+        shard = p.detach().to_local()
+        kept[name] = torch.empty(shard.shape, dtype=dtype, pin_memory=shard.is_cuda).copy_(shard)
+    return kept
+
+
 def release_weights(model):
-    """Give the memory of a whole model back until the next `copy_weights`."""
+    """Give the memory of a whole model back until the next `copy_weights`, and what rollouts left: their
+    blocks fit no update."""
     for p in model.parameters():
         p.data = p.data.new_empty(0)
+    torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 # ---- The update --------------------------------------------------------------------------------------------
@@ -344,6 +381,7 @@ class MetricsLogger:
         elif args.tracker == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(out, purge_step=done + 1)
+            atexit.register(writer.close)  # else what it has not written yet is lost
             self.track = lambda step, metrics: [writer.add_scalar(name, x, step)
                                                 for name, x in metrics.items()]
 
@@ -378,8 +416,7 @@ class Run:
     def __init__(self, out, args, model, optimizer, total, ranks):
         if (out / "model").exists():  # written last, see `end`
             ranks.say(f"the run in {out} is finished: its model is {out}/model")
-            dist.destroy_process_group()
-            sys.exit(0)
+            sys.exit()
         self.out, self.args, self.model, self.total, self.ranks = out, args, model, total, ranks
         self.checkpoints = Checkpointer(out / "checkpoints", model, optimizer, args.keep, ranks)
         self.state = self.checkpoints.load()  # beside the tensors; stage 2 adds its cursor
@@ -699,7 +736,9 @@ def add_training_flags(parser: argparse.ArgumentParser, out):
     add("--lr", type=number(float, 0, 1), help="peak learning rate (default: %(default)s)")
     add("--tokens_per_microbatch", default=8192, type=number(int, 64),
         help="tokens a forward (default: %(default)s)")
-    add("--gradient_checkpointing", action="store_true", help="keep no activations, compute layers twice")
+    add("--gradient_checkpointing", default="auto", choices=("auto", "on", "off"),
+        help="keep no activations, compute layers twice; auto: above a billion parameters "
+        "(default: %(default)s)")
     add("--dtype", default="auto", choices=("auto", "bf16", "fp32"),
         help="of the compute; auto: bf16 where the hardware has it (default: %(default)s)")
     add("--seed", default=0, type=number(int, 0), help="of data, order and sampling (default: %(default)s)")
@@ -747,7 +786,7 @@ def main():
     out, tasks = begin_run(args, ranks), bfcl_env.select_tasks(args)
     val_tasks = validation_tasks(args, {task.id for task in tasks})
     torch.manual_seed(args.seed)  # of the tiny model's weights, nothing else draws from it
-    policy = load_policy(args.model, torch.float32, "cpu")
+    policy = load_policy(args.model, torch.float32, "cpu", weights=ranks.main)
     banned, dtype = policy.banned.to(ranks.device), compute_dtype(args.dtype, ranks.device)
     style = policy.style(args.style)
     make_env = bfcl_env.env_maker(args, style)
@@ -760,10 +799,11 @@ def main():
                         "--docs")
     data = [t for pair in pairs for t in pair]
     digest = hashlib.sha256(str([t.ids for t in data]).encode()).hexdigest()
-    hold(out, ranks, {"weights": checksum(policy.model), "data": digest, "compute": str(dtype)})
+    weights = ranks.gather([ranks.main and checksum(policy.model)])[0]
+    hold(out, ranks, {"weights": weights, "data": digest, "compute": str(dtype)})
     if val_tasks:
         val_tasks = sampler.fitting(policy, val_tasks, make_env, args.max_len)
-        acting = load_policy(args.model, dtype, ranks.device)  # a whole copy for rollouts,
+        acting = load_policy(args.model, dtype, ranks.device, weights=False)  # a whole copy for rollouts,
         release_weights(acting.model)  # without memory between them
     model, optimizer = learner(policy, args, dtype, ranks)  # from here on policy.model is sharded
     size = max(1, args.batch // 2)  # pairs an update
@@ -774,7 +814,7 @@ def main():
               f"tasks, {left_out} too long | arm {args.arm} | {steps} steps of {size} pairs, from "
               f"{run.done + 1} | {dtype} on {ranks.size} x {ranks.device.type} | {out}")
     for step in run.steps():
-        start = time.monotonic()
+        start = clock(ranks.device)
         # step 3: packs; every rank takes its share
         batch = [t for i in shuffled(len(pairs), (step - 1) * size, size, args.seed) for t in pairs[i]]
         packs = pack(batch, args.tokens_per_microbatch, ranks.device)
@@ -786,7 +826,7 @@ def main():
         lr = learning_rate(step, args.lr, steps, decay=steps // 5)
         optimizer.param_groups[0]["lr"] = lr
         norm, loss = update(model, optimizer, with_idle(packs[ranks.rank::ranks.size], ranks), loss_of, ranks)
-        seconds, tokens = time.monotonic() - start, sum(len(p.ids) for p in packs)
+        seconds, tokens = clock(ranks.device) - start, sum(len(p.ids) for p in packs)
         metrics = {"loss": loss, "grad_norm": norm, "learning_rate": lr, "num_tokens": tokens,
                    "step_time": seconds, "perf/throughput": tokens / seconds}
 
