@@ -356,7 +356,7 @@ def main():
     tasks = sampler.fitting(policy, chosen, make_env, args.max_len)
     val_tasks = sampler.fitting(policy, val_tasks, make_env, args.max_len)
     learning = load_policy(args.init, torch.float32, "cpu", weights=ranks.main)
-    weights = ranks.gather([ranks.main and checksum(learning.model)])[0]
+    weights = ranks.first(ranks.main and checksum(learning.model))
     hold(out, ranks, {"reference": weights, "compute": str(dtype)})
     model, optimizer = learner(learning, args, dtype, ranks)
     reference = keep_weights(model, dtype) if args.beta else {}

@@ -94,6 +94,12 @@ class Ranks:
         dist.all_gather_object(parts, values)
         return [value for part in parts for value in part]
 
+    def first(self, value):
+        """Rank 0's value, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
     def fail_together(self, complaint: str | None):
         """Errors: BfclError on every rank if any complains. One that failed alone would hang the rest."""
         complaints = [text for text in self.gather([complaint]) if text]
@@ -283,7 +289,7 @@ def hold(out, ranks, facts):
     that stand there must be the same. Errors: BfclError on every rank, with what differs."""
     path, facts = out / "config.json", json.loads(json.dumps(facts))  # as they will be read back
     config = json.loads(path.read_text()) if ranks.main else None
-    first, config = ranks.gather([(facts, config)])[0]  # all ranks must agree with the first
+    first, config = ranks.first((facts, config))  # all ranks must agree with it
     expected, complaint = {**first, **config.get("same", {})}, None
     differ = [f"{k}: {expected[k]!r} there, {v!r} here" for k, v in facts.items() if v != expected[k]]
     if differ:
@@ -352,17 +358,17 @@ class Checkpointer:
 
     def load(self):
         """Fill model and optimizer from the newest; returns {"step": 10, **state}, or step 0 without one."""
-        found = [None]
+        newest = []
         if self.ranks.main:  # one rank looks
             for path in self.folder.glob("step_*"):  # what a kill left, while saving or removing
                 if path not in self.whole():
                     shutil.rmtree(path)
-            found = self.whole()[-1:] or [None]
-        dist.broadcast_object_list(found)
-        if found[0] is None:
+            newest = self.whole()[-1:]
+        newest = self.ranks.first(newest)
+        if not newest:
             return {"step": 0}
-        dcp.load(self._tensors(), checkpoint_id=found[0])
-        return json.loads((found[0] / "done.json").read_text())
+        dcp.load(self._tensors(), checkpoint_id=newest[0])
+        return json.loads((newest[0] / "done.json").read_text())
 
 
 class MetricsLogger:
@@ -799,7 +805,7 @@ def main():
                         "--docs")
     data = [t for pair in pairs for t in pair]
     digest = hashlib.sha256(str([t.ids for t in data]).encode()).hexdigest()
-    weights = ranks.gather([ranks.main and checksum(policy.model)])[0]
+    weights = ranks.first(ranks.main and checksum(policy.model))
     hold(out, ranks, {"weights": weights, "data": digest, "compute": str(dtype)})
     if val_tasks:
         val_tasks = sampler.fitting(policy, val_tasks, make_env, args.max_len)

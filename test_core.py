@@ -31,7 +31,8 @@ import torch
 from bfcl_eval.constants import default_prompts, enums
 from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_checker as checker, multi_turn_utils as executor
 from bfcl_eval.eval_checker.multi_turn_eval.func_source_code import long_context, posting_api
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config,
+                          Qwen3Config)
 import bench
 import bfcl_env
 import eval_bfcl
@@ -145,8 +146,9 @@ def test_loading(tmp_path, monkeypatch):
     plain, empty = load_policy("tiny", torch.float32), load_policy("tiny", torch.float32, weights=False)
     for a, b in zip(plain.model.buffers(), empty.model.buffers(), strict=True):
         assert torch.equal(a, b)  # not among the weights that come from another rank
-    a, b = (policy.model.lm_head.weight is policy.model.model.embed_tokens.weight for policy in (plain, empty))
-    assert a and b and not torch.backends.cuda.cudnn_sdp_enabled()
+    for model in (plain.model, empty.model):
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     policy = tiny_policy("qwen2")
     [t] = play(policy, [0], temperature=0)
     plain = AutoModelForCausalLM.from_config(copy.deepcopy(policy.model.config), attn_implementation="eager")
@@ -300,8 +302,8 @@ def ranks():
     return sft_rctp.start_ranks()
 
 
-def sharded(policy, ranks):
-    return sft_rctp.learner(policy, given(), torch.float32, ranks)
+def sharded(policy, ranks, **flags):
+    return sft_rctp.learner(policy, given(**flags), torch.float32, ranks)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -332,11 +334,11 @@ def test_packing_changes_no_gradient(architecture, prompts):
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # tied embeddings, and not
 def test_gradient_checkpointing(ranks, architecture):
-    """Without it 7B die in their second step; a layer that is computed again without its layout, or a gradient
-    of the embedding that is counted twice, train something else."""
+    """Without it 7B die in their second step; a layer that is computed again without its layout, or a
+    gradient of the embedding that is counted twice, train something else."""
     def gradients(flag):
         policy, calls = tiny_policy(architecture), []
-        model, _ = sft_rctp.learner(policy, given(gradient_checkpointing=flag), torch.float32, ranks)
+        model, _ = sharded(policy, ranks, gradient_checkpointing=flag)
         model.model.layers[1].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
         for p in packs:
             (-model.token_logprobs(p, policy.banned)).sum().backward()
@@ -434,8 +436,8 @@ def test_rc_grpo_learns_a_toy_world(ranks):
     def world(task):
         return ToyWorld(task.id, 1, lambda name, said: sum(c.isdigit() for c in said) / max(1, len(said)))
     policy, tasks, rewards, cursor = tiny_policy(sharp=1.5), [ToyWorld(f"a{i}") for i in range(4)], [], 0
-    args = given(prompts=2, group=8, seed=1, max_turn_tokens=300, lr=3e-3)  # at 1e-2 it learns, and forgets
-    model, optimizer = sft_rctp.learner(tiny_policy(sharp=1.5), args, torch.float32, ranks)
+    model, optimizer = sharded(tiny_policy(sharp=1.5), ranks, lr=3e-3)  # at 1e-2 it learns, and forgets
+    args = given(prompts=2, group=8, seed=1, max_turn_tokens=300)
     for step in range(16):
         groups, drawn, cursor = rl_rcgrpo.draw_groups(policy, tasks, cursor, step, world, args, ranks)
         packs = sft_rctp.with_idle(sft_rctp.pack([t for group in groups for t in group.trajectories]), ranks)
@@ -1115,8 +1117,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")"""
 OFFICIAL = """import importlib.machinery, sys
 from unittest.mock import MagicMock
 class Absent:  # stands for vendors' SDKs and the like
-    names = set('''anthropic boto3 cohere datamodel_code_generator dotenv google httpx mistralai openai overrides
-        pandas qwen_agent tenacity tree_sitter tree_sitter_java tree_sitter_javascript writerai'''.split())
+    names = set('''anthropic boto3 cohere datamodel_code_generator dotenv google httpx mistralai openai
+        overrides pandas qwen_agent tenacity tree_sitter tree_sitter_java tree_sitter_javascript
+        writerai'''.split())
     def find_spec(self, name, path=None, target=None):
         return importlib.machinery.ModuleSpec(name, self) if name.split(".")[0] in self.names else None
     def create_module(self, spec):
@@ -1253,7 +1256,8 @@ def test_a_folder_in_which_nothing_was_done(ranks, tmp_path):
         sft_rctp.hold(out, ranks, {"max_len": max_len})
         ranks.lock.close()
     before = (out / "config.json").read_text()
-    pytest.raises(BfclError, sft_rctp.hold, out, ranks, {"max_len": 300, "new": 1}).match("4000 there, 300 here")
+    pytest.raises(BfclError, sft_rctp.hold, out, ranks, {"max_len": 300, "new": 1}).match(
+        "4000 there, 300 here")
     assert (out / "config.json").read_text() == before
 
 
