@@ -390,7 +390,8 @@ def bench_plan(flags: list[str]) -> dict:
     own, rest = parser.parse_known_args(flags)
     stage2, ranks = any(flag.startswith("--init") for flag in rest), own.ranks
     args = (rl_rcgrpo if stage2 else S).parse_args(rest)
-    policy = R.load_policy(args.init if stage2 else args.model, torch.float32, "meta", weights=False)
+    policy = R.load_policy(args.init if stage2 else args.model, torch.float32, "meta", weights=False,
+                           thinking=args.thinking)
     packs = planned_packs(policy, args, stage2)
     config, layers = policy.model.config, policy.model.model.layers
     device = torch.device("cuda" if torch.cuda.is_available() or ranks > 1 else "cpu")

@@ -39,13 +39,13 @@ import sys
 import types
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 VERSION = "2026.3.23"  # of bfcl-eval
 CATEGORIES = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
 DOCS = ("full", "slim", "signature")
-STYLES = ("python", "json")
 PROTOCOLS = ("official", "paper")
 SPLITS = ("family", "paper")
 REWARDS = ("official", "paper", "progress")
@@ -318,31 +318,6 @@ def _show(value):
     return "{" + ", ".join(f"'{k}': {_show(v)}" for k, v in value.items()) + "}"
 
 
-def parse_calls(text, style) -> list[Call]:
-    """The calls in a model's text, decoded as the official handlers do. No calls and an error end a turn.
-
-    python: the prompting decoder, for `[f(a=1), g()]`. Positional arguments are dropped, a bare name is a
-            string (`true` is 'true'), any unary operator negates, the last of repeated keywords counts.
-    json:   the Qwen function-calling decoder: `<tool_call>\\n{"name": "f", "arguments": {}}\\n</tool_call>`
-            blocks after the last </think>. A block of bad JSON is skipped.
-    Unlike the official ones: a text over MAX_TEXT characters is an error, as are operators other than + - * /
-    on number literals.
-    Errors: CallSyntaxError and no other, whatever the text.
-
-    >>> [str(call) for call in parse_calls("[cd(folder='a'), sort('b', file_name=c)]", "python")]
-    ["cd(folder='a')", "sort(file_name='c')"]
-    """
-    decode = {"python": _decode_python, "json": _decode_json}[_choose("style", style, STYLES)]
-    try:
-        if len(text) > MAX_TEXT:
-            raise ValueError(f"longer than {MAX_TEXT} characters")
-        calls = decode(text)
-        _ = [str(call) for call in calls]  # some values can be read but not written, for instance {}
-        return calls
-    except Exception as error:
-        raise CallSyntaxError(f"{type(error).__name__}: {error}") from None
-
-
 def _decode_python(text):
     text = text.strip("`\n ")
     text = ("" if text.startswith("[") else "[") + text
@@ -422,6 +397,10 @@ def _arithmetic(node):
     raise ValueError("only + - * / on numbers are computed")
 
 
+def _write_python(calls):
+    return f"[{', '.join(map(str, calls))}]"
+
+
 def _decode_json(text):
     text, calls, end = text.split("</think>")[-1], [], 0
     opening, closing = "<tool_call>\n", "\n</tool_call>"
@@ -435,6 +414,11 @@ def _decode_json(text):
     return [json_call(call["name"], call["arguments"]) for call in calls]
 
 
+def _write_json(calls):
+    bodies = [json.dumps({"name": call.name, "arguments": call.kwargs}) for call in calls]
+    return "\n".join(f"<tool_call>\n{body}\n</tool_call>" for body in bodies)
+
+
 def json_call(name, arguments) -> Call:
     """A call from its parts as JSON gives them; `arguments` may be JSON text. Errors: any, if it is none."""
     if isinstance(name, (list, dict)):  # officially it becomes a dict's key: any scalar passes
@@ -442,6 +426,83 @@ def json_call(name, arguments) -> Call:
     if isinstance(arguments, str):
         arguments = json.loads(arguments)
     return Call(str(name), (), dict(arguments.items()), "json")
+
+
+def _decode_llama(text):
+    text = text.replace("<|python_tag|>", "")
+    if ";" in text:
+        calls = [json.loads(part) for part in text.split(";")]
+    else:  # the official decoder evaluates this as Python, where `true` is an unknown name
+        calls = _value(_parse(text), _strict)
+        calls = [calls] if type(calls) is dict else calls
+    return [Call(str(call["name"]), (), dict(call["parameters"].items()), "llama") for call in calls]
+
+
+def _write_llama(calls):
+    """Several calls are read as JSON, one alone as Python; none may hold the separator or a mark."""
+    words = {"true": "True", "false": "False", "null": "None"} if len(calls) == 1 else {}
+    bodies = []
+    for call in calls:
+        body = json.dumps({"name": call.name, "parameters": call.kwargs}, ensure_ascii=False)
+        body = re.sub(r'"(?:[^"\\]|\\.)*"|[a-z]+', lambda m: words.get(m[0], m[0]), body)  # not in strings
+        bodies.append(body.translate({ord(";"): "\\u003b", ord("|"): "\\u007c"}))
+    return "; ".join(bodies)
+
+
+@dataclass(frozen=True)
+class Style:
+    """How calls are written in a message."""
+
+    decode: Callable  # text -> list[Call], as an official handler does; errors: any
+    write: Callable  # list[Call] -> a text that `decode` reads back
+    native: bool  # the chat template shows the functions; else a system message does
+    official: str  # a model of the leaderboard with this decoder
+    marks: tuple = ()  # control tokens in such a text
+
+
+STYLES = {
+    "python": Style(_decode_python, _write_python, False, "Qwen/Qwen3-0.6B"),
+    "json": Style(_decode_json, _write_json, True, "Qwen/Qwen3-0.6B-FC", ("<tool_call>", "</tool_call>")),
+    "llama": Style(_decode_llama, _write_llama, True, "meta-llama/Llama-3.1-8B-Instruct-FC",
+                   ("<|python_tag|>",)),
+}
+
+
+def parse_calls(text, style) -> list[Call]:
+    """The calls in a model's text, decoded as the official handlers do. No calls and an error end a turn.
+
+    python: the prompting decoder, for `[f(a=1), g()]`. Positional arguments are dropped, a bare name is a
+            string (`true` is 'true'), any unary operator negates, the last of repeated keywords counts.
+    json:   the Qwen function-calling decoder: `<tool_call>\\n{"name": "f", "arguments": {}}\\n</tool_call>`
+            blocks after the last </think>. A block of bad JSON is skipped.
+    llama:  the Llama-3.1 function-calling decoder: one Python literal, `{"name": "f", "parameters": {}}` or a
+            list of such, or several JSON objects between ";". `<|python_tag|>` is dropped.
+    Unlike the official ones: a text over MAX_TEXT characters is an error, as are operators other than + - * /
+    on number literals.
+    Errors: CallSyntaxError and no other, whatever the text.
+
+    >>> [str(call) for call in parse_calls("[cd(folder='a'), sort('b', file_name=c)]", "python")]
+    ["cd(folder='a')", "sort(file_name='c')"]
+    """
+    decode = STYLES[_choose("style", style, STYLES)].decode
+    try:
+        if len(text) > MAX_TEXT:
+            raise ValueError(f"longer than {MAX_TEXT} characters")
+        calls = decode(text)
+        _ = [str(call) for call in calls]  # some values can be read but not written, for instance {}
+        return calls
+    except Exception as error:
+        raise CallSyntaxError(f"{type(error).__name__}: {error}") from None
+
+
+def write_calls(calls: list[Call], style):
+    """One message that makes these calls: what `parse_calls(text, style)` reads back."""
+    return STYLES[style].write(calls)
+
+
+def without_thoughts(text, style):
+    """The part of a message that the official handlers of that style decode and store."""
+    return text if style == "llama" else text.split("</think>")[-1].lstrip("\n")
 
 
 # ---- Execution and judging ---------------------------------------------------------------------------------
@@ -771,7 +832,7 @@ class BfclEnv:
         self.done = False
 
     def messages(self) -> list[dict]:
-        """System and user message; for json a user message with "tools", which the chat template renders."""
+        """System and user message; in a native style one with "tools", which the chat template renders."""
         tools, user = self.task.docs, self.task.turns[0]
         if self.merged:
             steps = [text for text in self.task.turns if text is not None]
@@ -781,7 +842,7 @@ class BfclEnv:
         else:
             withheld = sum(self.task.missed.values(), [])
             tools = [doc for doc in tools if doc["name"] not in withheld]
-        if self.style == "json":
+        if STYLES[self.style].native:
             return [{"role": "user", "content": user, "tools": [_tool(doc, self.docs) for doc in tools]}]
         return [{"role": "system", "content": _system_text(tools, self.docs)},
                 {"role": "user", "content": user}]
@@ -791,8 +852,7 @@ class BfclEnv:
         if self.done:
             raise BfclError("this conversation is over; make a new BfclEnv")
         try:
-            text = text.split("</think>")[-1].lstrip("\n")  # as the official handlers of thinking models do
-            calls = [str(call) for call in parse_calls(text, self.style)]
+            calls = [str(call) for call in parse_calls(without_thoughts(text, self.style), self.style)]
         except CallSyntaxError:
             calls = []
         ended, next_user, reason = not calls, None, None
@@ -836,7 +896,7 @@ def add_world_flags(parser: argparse.ArgumentParser, part="train", tasks=""):
         group.add_argument(flag, default=default, help=f"{text} (default: %(default)s)", **rest)
 
     add("--docs", "signature", "tool docs: 4k to 10k, 1.4k to 4k or 0.2k to 0.7k tokens", choices=DOCS)
-    add("--style", "auto", "how calls are written; auto: json if the chat template takes tools",
+    add("--style", "auto", "how calls are written; auto: as the chat template does, or python",
         choices=("auto", *STYLES))
     add("--protocol", "official", "turn by turn, or all turns in one message", choices=PROTOCOLS)
     add("--reward", "official", "the checker's verdict, final state x calls made, or share of turns passed",

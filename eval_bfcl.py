@@ -38,7 +38,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
 import rollout as sampler
-from bfcl_env import BfclError, CallSyntaxError, judge, parse_calls
+from bfcl_env import STYLES, BfclError, CallSyntaxError, judge, parse_calls, without_thoughts
 from rollout import (Trajectory, check_model, checksum, compute_dtype, load_policy, mean_reward, number,
                      rollout, run_main, transcript)
 from sft_rctp import claim, hold, peak_memory_gb, start_ranks, write
@@ -50,7 +50,6 @@ ALIKE = ("data_sha256", "split", "part", "categories", "tasks", "limit", "docs",
 # The one comparison that was named beforehand, evaluated with the high token; all others are exploratory.
 PRIMARY = ("RCTP-FT + RC-GRPO", "RCTP-FT + GRPO (high token)")
 NAMES = {sampler.DEFAULT_MODEL: "SmolLM2-135M-Instruct (135M, from Q4_1)"}
-OFFICIAL = {"json": "Qwen/Qwen3-0.6B-FC", "python": "Qwen/Qwen3-0.6B"}  # models with these decoders
 
 
 def parse_args():
@@ -60,7 +59,7 @@ def parse_args():
     add = parser.add_argument
     add("--ckpt", nargs="+", default=[], help=f"model directories, hub ids, or {sampler.DEFAULT_MODEL}")
     add("--score", metavar="DIR",
-        help="judge the official result files in this model's folder; -FC in its name: calls are JSON")
+        help="judge the official result files in this model's folder; its name says how calls are read")
     add("--compare", nargs="+", metavar="RUN",
         help="--out folders of evaluations, one or several per arm: other weights of an arm are its seeds")
     add("--show", metavar="ID", help="print this task's first transcript from --out, of its last checkpoint")
@@ -151,7 +150,8 @@ def arm_of(contract) -> str | None:
 def evaluate_checkpoint(n, tasks, args, ranks):
     """The table's row of --ckpt number n: what it is, and by reward token its figures and `correct`."""
     torch.manual_seed(0)  # `tiny` is drawn, on all ranks alike
-    policy = load_policy(args.ckpt[n], compute_dtype(args.dtype, ranks.device), ranks.device)
+    dtype = compute_dtype(args.dtype, ranks.device)
+    policy = load_policy(args.ckpt[n], dtype, ranks.device, thinking=args.thinking)
     contract, style, sha256 = policy.contract, policy.style(args.style), checksum(policy.model)
     hold(args.out, ranks, {f"checkpoint {n}": {"sha256": sha256, "style": style}})
     make_env = bfcl_env.env_maker(args, style)
@@ -161,12 +161,13 @@ def evaluate_checkpoint(n, tasks, args, ranks):
            "model": contract.base_model or policy.name,
            "sha256": sha256,  # of the weights that were really loaded
            "style": style,
+           "thinking": policy.chat.thinking,
            "contract": {**asdict(contract), "tasks": len(contract.tasks)},
            "tasks_left_out": len(tasks) - len(fit),  # since they do not fit: they could only fail
            "trained_on": sum(task.id in contract.tasks for task in tasks),
            "correct": {}}  # token -> task id -> mean reward
-    ranks.say(f"{row['arm']}: {policy.name} | weights sha256 {sha256[:12]} | style {style} | all that fit: "
-              f"{len(fit)} of {len(tasks)} tasks")
+    ranks.say(f"{row['arm']}: {policy.name} | weights sha256 {sha256[:12]} | style {style} "
+              f"({policy.chat.why}) | all that fit: {len(fit)} of {len(tasks)} tasks")
     for name in ("docs", "protocol"):
         if contract.stage and getattr(contract, name) != getattr(args, name):
             ranks.say(f"warning: it was trained with --{name} {getattr(contract, name)}")
@@ -328,9 +329,8 @@ def result_of(t: Trajectory, task, tokenizer, style) -> list[list[str]]:
     turns = [[]]
     messages = [ids for said, ids in t.stretches() if said]
     for ids in messages[:t.steps]:
-        # As the official handlers of thinking models write it.
         text = tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False)
-        turns[-1].append(text.split("</think>")[-1].lstrip("\n"))
+        turns[-1].append(without_thoughts(text, style))
         if not calls_in(turns[-1][-1], style) and len(turns) < len(task.turns):
             turns.append([])
     return turns
@@ -338,13 +338,14 @@ def result_of(t: Trajectory, task, tokenizer, style) -> list[list[str]]:
 
 def write_official(folder, style, rows: dict[str, list[dict]]):
     """{category: result lines} into files, in the folder of an official model with this decoder."""
+    model = STYLES[style].official
     for category, lines in rows.items():
-        path = folder / OFFICIAL[style].replace("/", "_") / f"multi_turn/BFCL_v4_{category}_result.json"
+        path = folder / model.replace("/", "_") / f"multi_turn/BFCL_v4_{category}_result.json"
         write(path, "".join(json.dumps(line) + "\n" for line in lines))
     partial = ""
     if any(len(lines) < 200 for lines in rows.values()):  # else the evaluator wants all
         partial = " --partial-eval"
-    print(f"official result files: {folder}\n  bfcl evaluate --model {OFFICIAL[style]} --test-category "
+    print(f"official result files: {folder}\n  bfcl evaluate --model {model} --test-category "
           f"{','.join(rows)} --result-dir {folder.resolve()}{partial}")
 
 
@@ -393,7 +394,9 @@ def score(args):
     name = Path(args.score).resolve().name  # of the model's folder
     style = args.style
     if style == "auto":  # the leaderboard's names say it
-        style = "json" if "-FC" in name else "python"
+        style = "python"
+        if "-FC" in name:
+            style = "llama" if "Llama-3.1" in name else "python" if "Llama" in name else "json"
     rows, bad = read_official(args.score)
     trajectories = []  # as far as result files know them
     for task in tasks:
@@ -434,7 +437,8 @@ def read_arms(folders):
         for row in load(folder, "eval.json")["table"]:
             same = load(folder, "config.json")["same"]
             facts = {name: same[name] for name in ALIKE}
-            facts |= {"style": row["style"], "model": row["model"]}  # other ones are other arms
+            facts |= {"style": row["style"], "model": row["model"],  # other ones are other arms
+                      "thinking": row.get("thinking", "off")}
             for token, correct in row["correct"].items():
                 rows[row["sha256"], token] = {**row, "token": token, "correct": correct}
                 facts["tasks that fit"] = sorted(correct)

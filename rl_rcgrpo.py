@@ -350,12 +350,12 @@ def main():
     # The acting policy is one whole copy in the compute dtype; the learning one is sharded, its masters fp32.
     # The same memory holds, in turn, the acting weights and the reference's, and is given back before the
     # backward pass.
-    policy = load_policy(args.init, dtype, ranks.device, weights=False)
+    policy = load_policy(args.init, dtype, ranks.device, weights=False, thinking=args.thinking)
     make_env = bfcl_env.env_maker(args, policy.style(args.style))
     chosen, val_tasks = bfcl_env.select_tasks(args), validation_tasks(args)
     tasks = sampler.fitting(policy, chosen, make_env, args.max_len)
     val_tasks = sampler.fitting(policy, val_tasks, make_env, args.max_len)
-    learning = load_policy(args.init, torch.float32, "cpu", weights=ranks.main)
+    learning = load_policy(args.init, torch.float32, "cpu", weights=ranks.main, thinking=args.thinking)
     weights = ranks.first(ranks.main and checksum(learning.model))
     hold(out, ranks, {"reference": weights, "compute": str(dtype)})
     model, optimizer = learner(learning, args, dtype, ranks)
@@ -363,11 +363,11 @@ def main():
     run = Run(out, args, model, optimizer, args.steps, ranks)
     cursor = run.state.setdefault("cursor", 0)  # tasks that were drawn so far
     copy_weights(policy.model, model)
-    ranks.say(f"stage 2: {args.init} | docs {args.docs}, style {policy.style(args.style)} | all that fit: "
-              f"{len(tasks)} of {len(chosen)} tasks | {args.steps} steps of {args.prompts} tasks x "
-              f"{args.group} rollouts, from {run.done + 1} | tokens {args.reward_tokens}, advantage "
-              f"{args.advantage}, reward {args.reward}, beta {args.beta}, lr {args.lr} | {dtype} on "
-              f"{ranks.size} x {ranks.device.type} | {out}")
+    ranks.say(f"stage 2: {args.init} | docs {args.docs}, style {policy.style(args.style)} "
+              f"({policy.chat.why}) | all that fit: {len(tasks)} of {len(chosen)} tasks | "
+              f"{args.steps} steps of {args.prompts} tasks x {args.group} rollouts, from {run.done + 1} | "
+              f"tokens {args.reward_tokens}, advantage {args.advantage}, reward {args.reward}, "
+              f"beta {args.beta}, lr {args.lr} | {dtype} on {ranks.size} x {ranks.device.type} | {out}")
 
     for step in run.steps():
         began = clock(ranks.device)

@@ -30,6 +30,7 @@ import shutil
 import sys
 from collections import deque
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import bfcl_env
@@ -52,14 +53,15 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM,
-                          AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast)
+                          AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast)
 from transformers.masking_utils import flash_attention_mask
 
-from bfcl_env import BfclError
+from bfcl_env import BfclError, CallSyntaxError
 
 REWARD_TOKENS = {"high": "<|high_reward|>", "low": "<|low_reward|>"}
 REWARD_GOAL = "\n\n[Reward Goal: {}]"  # ends the first user message (third-party notes on arXiv 2602.03025)
 DEFAULT_MODEL = "smollm2-135m-instruct"
+DATE = "26 Jul 2024"  # today, for templates that print it: the benchmark's Llama handler writes this day
 CONTRACT = "rcgrpo.json"  # lies beside the weights that a stage wrote, see `Contract`
 CHUNK = 1024  # tokens of each conversation in one prefill forward: bounds its memory
 BURST = {"cpu": 1, "cuda": 8}  # decode steps between two looks of the host at what was drawn
@@ -171,10 +173,10 @@ class Packed:
 
 def _attend(module, q, k, v, attention_mask, scaling=None, layout=None, softcap=None, s_aux=None, **_):
     """What transformers calls. Without a layout it is plain causal attention, so that `generate` is right."""
-    if softcap is not None or s_aux is not None or getattr(module, "sliding_window", None):
+    if softcap is not None or s_aux is not None:
         raise ValueError(f"{type(module).__name__} needs an attention that this project does not compute")
-    if attention_mask is not None and layout is None:
-        raise ValueError("this attention serves no padded batch: load the model with another one")
+    if layout is None and (attention_mask is not None or getattr(module, "sliding_window", None)):
+        raise ValueError("its layers drop the layout, or this is a padded batch: use another attention")
     out = layout.attend(module.layer_idx, q, k, v, scaling) if layout else attention(q, k, v, scaling)
     return out.transpose(1, 2), None  # [B, N, H, D]
 
@@ -184,11 +186,14 @@ AttentionMaskInterface.register("shared_prefix", flash_attention_mask)  # None, 
 
 
 def hidden_states(model, ids, positions, layout):
-    """The last layer's states of one forward: ids, positions [N] -> [N, hidden]."""
+    """What the head takes, of one forward: ids, positions [N] -> [N, hidden]."""
     # The mask only keeps transformers from making one, for which a GPU would wait: the layout does its work.
     unused = ids[None, None, None]  # four axes: taken as it is
-    return model.model(input_ids=ids[None], position_ids=positions[None], attention_mask=unused,
-                       use_cache=False, layout=layout).last_hidden_state[0]
+    states = model.model(input_ids=ids[None], position_ids=positions[None], attention_mask=unused,
+                         use_cache=False, layout=layout).last_hidden_state[0]
+    # Cohere multiplies its logits, Granite divides them: here the states that they come from.
+    scale = getattr(model.config, "logit_scale", 1) / getattr(model.config, "logits_scaling", 1)
+    return states if scale == 1 else states * scale
 
 
 def extend(policy, spans: list[Span]):
@@ -367,7 +372,7 @@ class Sampler:
                 self.kv_gb = 0.6 * torch.cuda.mem_get_info(policy.device)[0] / 2**30
         self.head = head_of(policy.model)  # [V, hidden]
         self.ends = torch.zeros_like(policy.banned)  # [V] bool, the tokens that end a message
-        self.ends[[policy.chat.stop_id, *policy.chat.header_ids]] = True
+        self.ends[[*policy.chat.stop_ids, *policy.chat.header_ids]] = True
         self.waiting, self.live = deque(), []  # rows; live row b has slot b of the cache
         self.ended = []  # rows, to be taken by `leave`
         self.held = []  # prefixes in the cache
@@ -499,7 +504,7 @@ class Sampler:
 
     def _message_ends(self, row, token):
         """Whether this token ends the row's message, or the row, whose `reason` is then set."""
-        stopped = token == self.policy.chat.stop_id
+        stopped = token in self.policy.chat.stop_ids
         if stopped:
             self._act(row)
         elif token in self.policy.chat.header_ids:
@@ -722,12 +727,21 @@ class Chat:
     MARK = "\ufdd0"
     HERE = "\ufdd1"  # stands for an assistant message when only what follows it is wanted
 
-    def __init__(self, tokenizer):
-        if not tokenizer.chat_template:
+    def __init__(self, tokenizer, thinking="off", date=DATE, ends=()):
+        """thinking: "on" or "off", for templates that know it; date: what templates take for today; ends: ids
+        that may end a message too, if they are special tokens.
+        Errors: BfclError for a tokenizer or template that cannot be served, with the reason."""
+        template = tokenizer.chat_template
+        if isinstance(template, dict):  # of several by name
+            template = template.get("default")
+        if not template:
             raise BfclError("this model's tokenizer has no chat template: take an instruct model")
-        self.tokenizer = tokenizer
+        if not tokenizer.is_fast:
+            raise BfclError("this model's tokenizer has no fast version: convert it to a tokenizer.json")
+        self.tokenizer, self.thinking, self.date = tokenizer, thinking, date
         # Another template would render other prompts than those trained on.
-        self.fingerprint = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(template.encode()).hexdigest()
+        self.template = _dated(template, date)
         self.added = {text: i for text, i in tokenizer.get_added_vocab().items()
                       if text.strip() and len(text) > 1}
         longest_first = sorted(self.added, key=len, reverse=True)
@@ -736,41 +750,105 @@ class Chat:
         spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in self.added]
         spec["post_processor"] = spec["truncation"] = spec["padding"] = None
         self.plain = Tokenizer.from_str(json.dumps(spec))  # knows no control token at all
-        after = self._text([{"role": "user", "content": "u"}, {"role": "assistant", "content": self.HERE}],
-                           prompt=False)
-        found = self.control.match(after.split(self.HERE)[-1].lstrip())
-        if not found:
-            raise BfclError("this chat template does not end an assistant message with a control token")
-        self.stop_id = self.added[found[0]]
-        # A sampled special token other than the stop would open a message that nobody asked for.
+        # Calls in the template's own style if that can be, else in the python style, its results as tool
+        # messages if that can be.
+        problems = []
+        for native, self.result_role in ((True, "tool"), (False, "tool"), (False, "user")):
+            try:
+                self.native = self._probe() if native else None  # the template's own style of calls
+                self.tools = self.TOOLS if native else None
+                self.stop_id = self._find_stop()
+                self._check()
+                break
+            except Exception as error:  # templates raise what they like
+                problems.append(str(error))
+        else:
+            raise BfclError("this model's chat template is not served: " + "; ".join(dict.fromkeys(problems)))
+        self.why = "the chat template's own"
+        if not self.native:
+            self.why += f" is not served: {'; '.join(problems)}; results are {self.result_role} messages"
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.header_ids = special - {self.stop_id}
-        self._check()
+        self.stop_ids = {self.stop_id} | special.intersection(ends)
+        # Any other special token that is sampled would open a message that nobody asked for.
+        marks = {self.added.get(mark) for style in bfcl_env.STYLES.values() for mark in style.marks}
+        self.header_ids = special - self.stop_ids - marks
+
+    def _find_stop(self):
+        """The control token that ends an assistant message."""
+        found = self.control.match(self._after([], prompt=False).lstrip())
+        if not found:
+            raise BfclError("it does not end an assistant message with a control token")
+        return self.added[found[0]]
+
+    TOOLS = [{"name": name, "description": "A probe.",
+              "parameters": {"type": "dict", "properties": {"n": {"type": "integer"}}, "required": []}}
+             for name in ("probe_one", "probe_two")]
+
+    def _probe(self):
+        """The native style in which this template writes calls. Errors: BfclError if there is none, that is,
+        if its prompt does not show all functions, or its call is not read back."""
+        user = {"role": "user", "content": "u"}
+        prompt = self._text([user], self.TOOLS)
+        if not all(tool["name"] in prompt for tool in self.TOOLS):
+            raise BfclError("it shows no functions")
+        call = {"type": "function", "id": "call00001",
+                "function": {"name": "probe_one", "arguments": {"n": 1}}}
+        said = {"role": "assistant", "content": "", "tool_calls": [call]}
+        whole = self._text([user, said], self.TOOLS, prompt=False)
+        said = whole.removeprefix(prompt).rstrip()
+        said = re.sub(f"({self.control.pattern})$", "", said)  # without its stop
+        for name, style in bfcl_env.STYLES.items():
+            with contextlib.suppress(CallSyntaxError):
+                read = bfcl_env.parse_calls(said, name)
+                if style.native and [str(call) for call in read] == ["probe_one(n=1)"]:
+                    return name
+        raise BfclError("it writes calls in a form that is not read here")
 
     def _check(self):
-        """Refuse a template or tokenizer that this class renders otherwise than `apply_chat_template`."""
-        said = [{"role": "user", "content": "Add 1 and  2."}, {"role": "assistant", "content": "[add(a=1)]"},
-                {"role": "tool", "content": "3"}, {"role": "assistant", "content": "Done."},
-                {"role": "user", "content": "And now?"}]
-        try:
-            ids = self.opening(said[:1], None)
-            ids += self.assistant(said[1]["content"]) + self.following(said[2:3])
-            ids += self.assistant(said[3]["content"]) + self.following(said[4:])
-            same = ids == self.tokenizer.apply_chat_template(said, add_generation_prompt=True,
-                                                             return_dict=False)
-        except Exception as error:  # templates raise what they like
-            raise BfclError(f"this model's chat template cannot render tool results: {error}") from error
-        if not same:
-            raise BfclError("this model's chat template cannot be rendered piece by piece: take a Llama-3, "
-                            "Qwen2, Qwen3 or SmolLM2 style instruct model")
+        """Refuse a template that opens a thought or loses a message, and a template or tokenizer that this
+        class renders otherwise than `apply_chat_template`."""
+        said = [("system", "system-1"), ("user", "Add 1 and  2."), ("assistant", "[add(a=1)]"),
+                ("tool", "result-1"), ("tool", "result-2"), ("assistant", "Done."), ("user", "And now?")]
+        said = [{"role": role, "content": content} for role, content in said]
+        prompt = self._text(said[:2], self.tools)[len(self._text(said[:2], self.tools, prompt=False)):]
+        if prompt.count("<think>") > prompt.count("</think>"):
+            raise BfclError("its generation prompt opens a think block")
+        heard = self._as_heard(said[3:5])
+        whole = self._text([*said[:3], *heard, *said[5:]], self.tools)
+        for message in said:
+            if message["content"] not in whole:
+                raise BfclError(f"it drops {message['role']} messages")
+        said[1]["tools"] = self.tools
+        pieces = [self.opening(said[:2], None), self.assistant(said[2]["content"]), self.following(said[3:5]),
+                  self.assistant(said[5]["content"]), self.following(said[6:])]
+        # Where thinking is off, some templates write the empty thought in the last message only.
+        thought = self._encode(prompt[prompt.index("<think>"):]) if "<think>" in prompt else []
+        joined = sum(pieces, [])
+        for piece in (pieces[0], pieces[2]):
+            del piece[len(piece) - len(thought):]
+        if self.tokenizer.encode(whole, add_special_tokens=False) not in (joined, sum(pieces, [])):
+            raise BfclError("a message is rendered otherwise when more messages follow")
 
     def _protect(self, text):
         text = text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate has no bytes to encode
         return self.control.sub(lambda m: m[0][0] + self.MARK + m[0][1:], text.replace(self.MARK, ""))
 
     def _text(self, messages, tools=None, prompt=True):
-        return self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt,
-                                                  tokenize=False)
+        on = self.thinking == "on"  # two names for it
+        return self.tokenizer.apply_chat_template(
+            messages, tools=tools, chat_template=self.template, add_generation_prompt=prompt, tokenize=False,
+            enable_thinking=on, thinking=on)
+
+    def _after(self, messages, prompt=True):
+        """The text that follows what an assistant said, its stop included."""
+        start = [{"role": "user", "content": "u"}, {"role": "assistant", "content": self.HERE}]
+        return self._text(start + messages, self.tools, prompt).rsplit(self.HERE, 1)[1]
+
+    def _as_heard(self, messages):
+        """Results and what the user says next; in one user message if the template takes no tool messages."""
+        if self.result_role == "tool":
+            return messages
+        return [{"role": "user", "content": "\n\n".join(m["content"] for m in messages)}]
 
     def _encode(self, text):
         ids, end = [], 0
@@ -802,10 +880,19 @@ class Chat:
     def following(self, messages: list[dict]) -> list[int]:
         """Ids of what the world says after an assistant message (its stop token not repeated), up to the next
         generation prompt."""
-        protected = [{**m, "content": self._protect(m["content"])} for m in messages]
-        start = [{"role": "user", "content": "u"}, {"role": "assistant", "content": self.HERE}]
-        ids = self._encode(self._text(start + protected).rsplit(self.HERE, 1)[1])
+        protected = [{**m, "content": self._protect(m["content"])} for m in self._as_heard(messages)]
+        ids = self._encode(self._after(protected))
         return ids[ids.index(self.stop_id) + 1:]
+
+
+def _dated(template, date):
+    """The template with `date` for today, where it asks for that. (As an argument, transformers would turn a
+    function into text.)"""
+    if "strftime_now" not in template:
+        return template
+    day = datetime.strptime(date, "%d %b %Y")
+    parts = "".join(f" | replace('%{part}', '{day.strftime('%' + part)}')" for part in "aAbBdmyYHMS")
+    return "{% macro strftime_now(form) %}{{ form" + parts + " }}{% endmacro +%}" + template
 
 
 # ---- The policy --------------------------------------------------------------------------------------------
@@ -822,6 +909,8 @@ class Contract:
     source: str | None = None  # of stage 1's trajectories: written, or a model's rollouts
     tokens: tuple = ()  # that stage 1's prompts carried: high, low, none
     tasks: tuple = ()  # ids that were trained on
+    thinking: str | None = None  # what `Chat` takes: on or off
+    date: str | None = None  # and for today
     reward_ids: dict | None = None
     template_sha256: str | None = None
     # of stage 2:
@@ -853,6 +942,7 @@ class Policy:
     reward_ids: dict[str, int]
     banned: torch.Tensor  # [V] bool: what may never be sampled
     contract: Contract
+    gap: float | None = None  # largest log-prob difference that `check_layouts` found, where it ran
 
     @property
     def device(self):
@@ -860,14 +950,23 @@ class Policy:
 
     @property
     def max_len(self):
-        return self.model.config.max_position_embeddings
+        """Tokens of context. A sliding window ends it: up to there its layers see everything; so does the
+        place where longrope takes other frequencies, which cached keys do not have."""
+        config, limits = self.model.config, [self.model.config.max_position_embeddings]
+        limits.append(getattr(config, "sliding_window", None))
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            limits.append(rope["original_max_position_embeddings"])
+        return min(limit for limit in limits if limit)
 
     def style(self, wanted="auto"):
-        """How calls are written: as wanted, as the stage before did, or as the chat template suggests."""
-        if wanted != "auto":
-            return wanted
-        takes_tools = "tools" in str(self.tokenizer.chat_template)
-        return self.contract.style or ("json" if takes_tools else "python")
+        """How calls are written: as wanted, as the stage before did, or as the template does (`Chat.why`).
+        Errors: BfclError for a native style that is not the template's own."""
+        style = wanted if wanted != "auto" else self.contract.style or self.chat.native or "python"
+        if style not in ("python", self.chat.native):
+            raise BfclError(f"this model's chat template does not serve --style {style} ({self.chat.why}): "
+                            f"give --style {self.chat.native or 'python'}")
+        return style
 
 
 def compute_dtype(flag, device: torch.device):
@@ -894,14 +993,16 @@ def check_model(name):
                         f"{DEFAULT_MODEL}")
 
 
-def load_policy(name_or_dir, dtype: torch.dtype | None = None, device=None, weights=True) -> Policy:
+def load_policy(name_or_dir, dtype: torch.dtype | None = None, device=None, weights=True,
+                thinking: str | None = None) -> Policy:
     """Load a model for sampling or training, with the two reward tokens in its vocabulary.
 
     name_or_dir: the default model's name, `tiny`, a Hugging Face directory or a hub id; dtype None: bf16
     where the processor has it; device None: a GPU if there is one; weights False: memory for them that nobody
-    has read or touched, where they come from another rank.
-    Errors: BfclError for what is no model, for a tokenizer without a chat template, and for sliding-window or
-    non-causal attention."""
+    has read or touched, where they come from another rank; thinking: "on" or "off", for templates that know
+    it; None: as the stage before, or off.
+    Errors: BfclError for what is no model, and for a tokenizer, template or architecture that is not
+    served."""
     check_model(name_or_dir)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or compute_dtype("auto", device)
@@ -914,12 +1015,12 @@ def load_policy(name_or_dir, dtype: torch.dtype | None = None, device=None, weig
             model = AutoModelForCausalLM.from_config(tiny_config(), dtype=dtype)
         else:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise BfclError(f"{name_or_dir} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever the tokenizer's or the model's own code raises
+        raise BfclError(f"{name_or_dir} cannot be loaded: {str(error).strip().split(chr(10))[0]}") from error
     # cuDNN's attention, which torch prefers on Hopper, plans anew for every length, 0.03 to 1 s each.
     torch.backends.cuda.enable_cudnn_sdp(False)
     # Not `.to(device, dtype)`: that would round the frequencies of the rotary embedding, which stay fp32.
-    return make_policy(name_or_dir, model.to(device), tokenizer)
+    return make_policy(name_or_dir, model.to(device), tokenizer, thinking, check=weights)
 
 
 def empty_model(path, dtype, device):
@@ -932,27 +1033,80 @@ def empty_model(path, dtype, device):
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
     model.tie_weights()
+    with contextlib.suppress(OSError):  # it has none: what the config says stays
+        model.generation_config = GenerationConfig.from_pretrained(path)
     return model
 
 
-def make_policy(name, model, tokenizer) -> Policy:
-    """Refuse what cannot be served, add the reward tokens, mask what may not be sampled."""
+def make_policy(name, model, tokenizer, thinking=None, check=True) -> Policy:
+    """Refuse what cannot be served, add the reward tokens, mask what may not be sampled. check: compare the
+    three layouts with the plain forward."""
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None)
-    if kinds != {"full_attention"} or window or not getattr(config, "is_causal", True):
-        raise BfclError(f"{name} ({config.model_type}) uses {sorted(kinds)} attention, window {window}: only "
-                        "full causal attention is served; take a Llama, Qwen2 or Qwen3 style model")
-    model.set_attn_implementation("shared_prefix")
+    if (not kinds <= {"full_attention", "sliding_attention"} or not getattr(config, "is_causal", True)
+            or config.get_text_config() is not config or getattr(config, "final_logit_softcapping", None)
+            or getattr(model.get_output_embeddings(), "bias", None) is not None):
+        raise BfclError(f"{name} ({config.model_type}) is multimodal, has {sorted(kinds)} or a head that is "
+                        "more than a matrix: only text models with causal attention are served; take a "
+                        "Llama, Qwen2 or Qwen3 style model")
+    contract = read_contract(name)
+    if contract.thinking and thinking not in (None, contract.thinking):
+        raise BfclError(f"{name} was trained with --thinking {contract.thinking}: leave --thinking away")
     add_reward_tokens(model, tokenizer)
+    before = "on" if contract.stage else "off"  # stages that kept nothing of it left thinking on
+    chat = Chat(tokenizer, thinking or contract.thinking or before, contract.date or DATE,
+                np.atleast_1d(model.generation_config.eos_token_id).tolist())
     reward_ids = {k: tokenizer.convert_tokens_to_ids(text) for k, text in REWARD_TOKENS.items()}
     banned = torch.ones(model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
     banned[sorted(set(tokenizer.get_vocab().values()) - set(reward_ids.values()))] = False
-    contract, chat = read_contract(name), Chat(tokenizer)
     trained_with = (contract.reward_ids, contract.template_sha256)
     if contract.stage and trained_with != (reward_ids, chat.fingerprint):
         raise BfclError(f"{name}: its tokenizer or chat template is not the one that it was trained with")
-    return Policy(name, model.eval(), tokenizer, chat, reward_ids, banned.to(model.device), contract)
+    policy = Policy(name, model.eval(), tokenizer, chat, reward_ids, banned.to(model.device), contract)
+    try:
+        plain = plain_logprobs(policy) if check else None  # before its attention is replaced
+        model.set_attn_implementation("shared_prefix")
+        policy.gap = check_layouts(policy, *plain) if check else None
+    except Exception as error:  # architectures fail as they like
+        raise BfclError(f"{name}: the architecture {config.model_type} is not served: {error}") from error
+    return policy
+
+
+@torch.no_grad()
+def plain_logprobs(policy):
+    """(ids [16], log-probs [16, V] of what follows each) by the model's own forward."""
+    allowed = (~policy.banned).nonzero()[:, 0]
+    ids = allowed[torch.linspace(0, len(allowed) - 1, 16).long()]
+    logits = policy.model(input_ids=ids[None], use_cache=False).logits[0].float()  # [16, V]
+    return ids, logits.masked_fill(policy.banned, float("-inf")).log_softmax(-1)
+
+
+@torch.no_grad()
+def check_layouts(policy, ids, plain):
+    """The largest log-prob difference between the model's own forward and prefill, decode step and packed
+    path of the same 16 tokens. Errors: ValueError if they are not the same but for rounding."""
+    model, config, banned, tokens = policy.model, policy.model.config, policy.banned, ids.tolist()
+    P = 8
+    shape = config.num_hidden_layers, 2, config.num_key_value_heads, P, head_dim(config)
+    shared, own = torch.full((2, *shape), float("nan"), dtype=model.dtype, device=policy.device)
+    prefix = Prefix(tokens[:P], shared)
+    extend(policy, [Span(prefix.ids, shared, 0)])
+    extend(policy, [Span(tokens[P:-1], own, 0, prefix)])
+    place, nobody = torch.tensor([P - 1], device=policy.device), torch.zeros_like(own[0, 0, 0, :, 0]).bool()
+    layout = Decode(own[:, :, None], place, nobody[None, None, None], [(prefix, place - place)])
+    hidden = hidden_states(model, ids[-1:], place + P, layout)  # [1, hidden]
+    last = masked_logits(hidden, head_of(model), banned).log_softmax(-1)[0]  # [V]
+    if shared.isnan().any() or own.isnan().any():
+        raise ValueError("some of its layers do not pass the layout on to their attention")
+    t = Trajectory("", None, tokens, [0] * P + [1] * P, [0.0] * 2 * P, 0.0, "done", {})
+    packed = token_logprobs(model, pack([t, t], device=policy.device)[0], banned)  # [2 * P]
+    expected = plain[P - 1:-1].gather(1, ids[P:, None])[:, 0].repeat(2)  # [2 * P]
+    gap = torch.cat([(last - plain[-1])[~banned], packed - expected]).abs().max().item()
+    # Relative to how far log-probs differ at all. bf16 gives 0.02 to 0.1, fp32 1e-5, a forgotten scale 1.
+    limit = (1e-3 if model.dtype == torch.float32 else 0.3) * plain[:, ~banned].std().item()
+    if not gap <= limit:
+        raise ValueError(f"its log-probs are off by {gap:.2g}, where rounding explains {limit:.2g}")
+    return gap
 
 
 @torch.no_grad()
@@ -1049,14 +1203,32 @@ def transcript(t: Trajectory, tokenizer):
     parts = []
     for said, ids in t.stretches():
         text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        if said:
-            text = f"[[{text}]]"
-        elif len(text) > 1200:
-            text = f"{text[:120]} [... {len(ids)} tokens ...] {text[-400:]}"
-        parts.append(text)
+        parts.append(f"[[{text}]]" if said else folded(text, len(ids)))
     ending = (f"{t.task} | token {t.reward_token or 'none'} | {t.reason} | {t.steps} messages, {t.calls} "
               f"calls | reward {t.reward:g} | {t.verdict}")
     return "".join(parts).rstrip("\n") + "\n" + ending
+
+
+def folded(text, tokens):
+    """The start and the end of a long text."""
+    return text if len(text) <= 1200 else f"{text[:120]} [... {tokens} tokens ...] {text[-400:]}"
+
+
+def describe(policy: Policy, messages):
+    """What is known of a model, line by line, and how it reads `messages`, the opening of a conversation."""
+    chat, tokenizer, rows = policy.chat, policy.tokenizer, len(policy.banned)
+    ids = chat.opening(messages, "high")
+    ends = sorted(chat.stop_ids)
+    return f"""architecture       {policy.model.config.model_type}, {policy.model.dtype}
+context            {policy.max_len} tokens
+chat template      sha256 {chat.fingerprint[:12]}, today is {chat.date}, thinking {chat.thinking}
+style of calls     {policy.style()} ({chat.why})
+ends of a message  {', '.join(tokenizer.convert_ids_to_tokens(ends))} {ends}
+vocabulary         {len(tokenizer)} tokens in {rows} rows, {rows - len(tokenizer)} of them padding
+reward tokens      {policy.reward_ids}
+log-probs          at most {policy.gap:.2g} from the plain forward's, by prefill, decode step and packed path
+
+{folded(tokenizer.decode(ids, clean_up_tokenization_spaces=False), len(ids))}"""
 
 
 # ---- Flags -------------------------------------------------------------------------------------------------
@@ -1082,6 +1254,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser):
         help="sampled tokens a rollout (default: %(default)s)")
     add("--max_len", default=8192, type=number(int, 16),
         help="tokens of a conversation, at most the model's context (default: %(default)s)")
+    add("--thinking", choices=("off", "on"),
+        help="for chat templates that know it; off: an empty thought opens every message of the model "
+        "(default: as the stage before, or off)")
     add("--kv_gb", type=number(float, 0.001),
         help="GiB that the KV cache may take; how many rows are live at once follows from it, and in bf16 "
         "the last digits of their log-probs (default: 4; on CUDA 0.6 of what is free)")
@@ -1120,14 +1295,19 @@ def run_main(main):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Print rollouts, one a task.")
+    parser = argparse.ArgumentParser(description="Print rollouts, one a task; or what is known of a model.")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="a run's model/, a model directory or hub id")
+    parser.add_argument("--check", metavar="MODEL", help="print how this model would be used, and stop")
     parser.add_argument("--reward_tokens", default="high", choices=["high", "low", "none"])
     add_sampling_flags(parser)
     bfcl_env.add_world_flags(parser, tasks="multi_turn_base_0")
     args = parser.parse_args()
-    tasks, policy = bfcl_env.select_tasks(args), load_policy(args.model)
+    tasks = bfcl_env.select_tasks(args)
+    policy = load_policy(args.check or args.model, thinking=args.thinking)
     make_env = bfcl_env.env_maker(args, policy.style(args.style))
+    if args.check:
+        print(describe(policy, make_env(tasks[0]).messages()))
+        return
     tokens = [None if args.reward_tokens == "none" else args.reward_tokens] * len(tasks)
     for t in rollout(policy, [make_env(task) for task in tasks], tokens, **sampling(args)):
         print(transcript(t, policy.tokenizer) + "\n")

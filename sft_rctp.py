@@ -50,7 +50,7 @@ from torch.distributed.tensor import distribute_tensor
 from tqdm import tqdm
 
 import rollout as sampler
-from bfcl_env import BfclError, Call, Episode, judge
+from bfcl_env import BfclError, Call, Episode, judge, write_calls
 from rollout import (CONTRACT, Contract, Pack, Trajectory, check_model, checksum, compute_dtype, load_policy,
                      mean_reward, number, pack, rollout, run_main, token_logprobs, transcript)
 
@@ -518,14 +518,6 @@ def gold_calls(task) -> list[list[Call]]:
     return [[Call(name, (), kwargs) for name, kwargs in map(episode.bound, turn)] for turn in task.gold]
 
 
-def write_calls(calls: list[Call], style):
-    """One model message that makes these calls: what `parse_calls(text, style)` reads back."""
-    if style == "python":
-        return f"[{', '.join(map(str, calls))}]"
-    bodies = [json.dumps({"name": call.name, "arguments": call.kwargs}) for call in calls]
-    return "\n".join(f"<tool_call>\n{body}\n</tool_call>" for body in bodies)
-
-
 def _values(call):
     """The argument values that could have been read somewhere, as text."""
     values = []
@@ -792,7 +784,7 @@ def main():
     out, tasks = begin_run(args, ranks), bfcl_env.select_tasks(args)
     val_tasks = validation_tasks(args, {task.id for task in tasks})
     torch.manual_seed(args.seed)  # of the tiny model's weights, nothing else draws from it
-    policy = load_policy(args.model, torch.float32, "cpu", weights=ranks.main)
+    policy = load_policy(args.model, torch.float32, "cpu", weights=ranks.main, thinking=args.thinking)
     banned, dtype = policy.banned.to(ranks.device), compute_dtype(args.dtype, ranks.device)
     style = policy.style(args.style)
     make_env = bfcl_env.env_maker(args, style)
@@ -809,16 +801,18 @@ def main():
     hold(out, ranks, {"weights": weights, "data": digest, "compute": str(dtype)})
     if val_tasks:
         val_tasks = sampler.fitting(policy, val_tasks, make_env, args.max_len)
-        acting = load_policy(args.model, dtype, ranks.device, weights=False)  # a whole copy for rollouts,
-        release_weights(acting.model)  # without memory between them
+        # a whole copy for rollouts, without memory between them
+        acting = load_policy(args.model, dtype, ranks.device, weights=False, thinking=args.thinking)
+        release_weights(acting.model)
     model, optimizer = learner(policy, args, dtype, ranks)  # from here on policy.model is sharded
     size = max(1, args.batch // 2)  # pairs an update
     steps = args.steps or args.epochs * math.ceil(len(pairs) / size)
     run = Run(out, args, model, optimizer, steps, ranks)
     ranks.say(f"{transcript(data[-1], policy.tokenizer)}\n\n{data_statistics(data, args.max_turn_tokens)}\n"
-              f"stage 1: {args.model} | docs {args.docs}, style {style} | {len(pairs)} pairs of {len(tasks)} "
-              f"tasks, {left_out} too long | arm {args.arm} | {steps} steps of {size} pairs, from "
-              f"{run.done + 1} | {dtype} on {ranks.size} x {ranks.device.type} | {out}")
+              f"stage 1: {args.model} | docs {args.docs}, style {style} ({policy.chat.why}) | "
+              f"{len(pairs)} pairs of {len(tasks)} tasks, {left_out} too long | arm {args.arm} | "
+              f"{steps} steps of {size} pairs, from {run.done + 1} | {dtype} on {ranks.size} x "
+              f"{ranks.device.type} | {out}")
     for step in run.steps():
         start = clock(ranks.device)
         # step 3: packs; every rank takes its share
@@ -848,7 +842,8 @@ def main():
         stage="rctp", base_model=policy.contract.base_model or args.model, docs=args.docs, style=style,
         protocol=args.protocol, arm=args.arm, source="rollouts" if args.rollouts else "written",
         tokens=sorted({t.reward_token or "none" for t in data}), tasks=sorted({t.task for t in data}),
-        reward_ids=policy.reward_ids, template_sha256=policy.chat.fingerprint)
+        reward_ids=policy.reward_ids, template_sha256=policy.chat.fingerprint,
+        thinking=policy.chat.thinking, date=policy.chat.date)
     run.end(policy, contract, hint="torchrun rl_rcgrpo.py --init")
 
 
