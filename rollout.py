@@ -764,9 +764,9 @@ class Chat:
                 problems.append(str(error))
         else:
             raise BfclError("this model's chat template is not served: " + "; ".join(dict.fromkeys(problems)))
-        self.why = "the chat template's own"
+        self.why = f"the chat template's own is {self.native or 'not served'}"
         if not self.native:
-            self.why += f" is not served: {'; '.join(problems)}; results are {self.result_role} messages"
+            self.why += f": {'; '.join(problems)}; results are {self.result_role} messages"
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.stop_ids = {self.stop_id} | special.intersection(ends)
         # Any other special token that is sampled would open a message that nobody asked for.
@@ -1016,7 +1016,8 @@ def load_policy(name_or_dir, dtype: torch.dtype | None = None, device=None, weig
         else:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except Exception as error:  # whatever the tokenizer's or the model's own code raises
-        raise BfclError(f"{name_or_dir} cannot be loaded: {str(error).strip().split(chr(10))[0]}") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise BfclError(f"{name_or_dir} cannot be loaded: {reason}") from error
     # cuDNN's attention, which torch prefers on Hopper, plans anew for every length, 0.03 to 1 s each.
     torch.backends.cuda.enable_cudnn_sdp(False)
     # Not `.to(device, dtype)`: that would round the frequencies of the rotary embedding, which stay fp32.
@@ -1214,15 +1215,15 @@ def folded(text, tokens):
     return text if len(text) <= 1200 else f"{text[:120]} [... {tokens} tokens ...] {text[-400:]}"
 
 
-def describe(policy: Policy, messages):
-    """What is known of a model, line by line, and how it reads `messages`, the opening of a conversation."""
+def describe(policy: Policy, env):
+    """What is known of a model, line by line, and how it reads the opening of a conversation in `env`."""
     chat, tokenizer, rows = policy.chat, policy.tokenizer, len(policy.banned)
-    ids = chat.opening(messages, "high")
+    ids = chat.opening(env.messages(), "high")
     ends = sorted(chat.stop_ids)
     return f"""architecture       {policy.model.config.model_type}, {policy.model.dtype}
 context            {policy.max_len} tokens
 chat template      sha256 {chat.fingerprint[:12]}, today is {chat.date}, thinking {chat.thinking}
-style of calls     {policy.style()} ({chat.why})
+style of calls     {env.style} ({chat.why})
 ends of a message  {', '.join(tokenizer.convert_ids_to_tokens(ends))} {ends}
 vocabulary         {len(tokenizer)} tokens in {rows} rows, {rows - len(tokenizer)} of them padding
 reward tokens      {policy.reward_ids}
@@ -1306,7 +1307,7 @@ def main():
     policy = load_policy(args.check or args.model, thinking=args.thinking)
     make_env = bfcl_env.env_maker(args, policy.style(args.style))
     if args.check:
-        print(describe(policy, make_env(tasks[0]).messages()))
+        print(describe(policy, make_env(tasks[0])))
         return
     tokens = [None if args.reward_tokens == "none" else args.reward_tokens] * len(tasks)
     for t in rollout(policy, [make_env(task) for task in tasks], tokens, **sampling(args)):

@@ -322,7 +322,8 @@ def test_architectures(tmp_path):
     plain = sampler.plain_logprobs(tiny_policy())
     pytest.raises(ValueError, sampler.check_layouts, off, *plain).match("log-probs are off by")
     [said] = succeed(start("rollout.py --check tiny --tasks multi_turn_base_1"))
-    for fact in ("llama", "8192 tokens", "26 Jul 2024, thinking off", "<|im_end|> [258]", "[Reward Goal: <|hi",
+    for fact in ("llama", "8192 tokens", "26 Jul 2024, thinking off", "<|im_end|> [258]",
+                 "[Reward Goal: <|high_reward|>]<|im_end|>",
                  "python (the chat template's own is not served: it shows no functions",
                  "261 tokens in 264 rows, 3 of them padding", "{'high': 259, 'low': 260}"):
         assert fact in said, fact
