@@ -34,12 +34,15 @@ from bfcl_eval.eval_checker.multi_turn_eval.func_source_code import long_context
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemma2Config,
                           GPT2Config, GraniteConfig, Llama4TextConfig, LlamaConfig, NemotronConfig,
                           Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig, StableLmConfig)
+sys.path.append(str(Path(__file__).parent / "results"))
 import bench
 import bfcl_env
 import eval_bfcl
+import exact
 import rl_rcgrpo
 import rollout as sampler
 import sft_rctp
+import world
 from bfcl_env import ERROR, STYLES, BfclEnv, BfclError, Call, CallSyntaxError, Episode, judge, parse_calls
 from rollout import DEFAULT_MODEL, Trajectory, load_policy, make_policy, masked_logits, rollout, tiny_config
 HERE = Path(__file__).parent
@@ -1621,3 +1624,75 @@ def test_intervals_and_comparison(tmp_path, capsys):
     pytest.raises(BfclError, compared, high[0], other).match("model: 'm' and 'other'")  # no seed of one arm
     tasks.pop()
     pytest.raises(BfclError, compared, high[0], finished("less", "mixed", 0.7)).match("tasks that fit")
+
+
+# ---- the experiments ----------------------------------------------------------------
+def test_what_a_group_teaches_exactly():
+    """The enumeration against 200,000 sampled groups, whose gradient is that of the loss itself; and against
+    known points: p_h = .99, p_l = .01, P(high) = 1/2, G = 5."""
+    for name, (signs, kind, _) in exact.ARMS.items():
+        arm = exact.Arm(name, 5)
+        for p_high, p_low in ((0.8, 0.3), (0.95, 0.05)):
+            found = arm.figures(p_high, p_low, (3, 1))
+            skill, mode = ((exact.logit(p_high) + x * exact.logit(p_low)) / 2 for x in (1, -1))
+            weights = torch.tensor([skill / 3, mode], dtype=torch.float64, requires_grad=True)  # 3 skill + mode
+            draws = torch.Generator().manual_seed(0)
+            sign = torch.tensor(signs)[torch.randint(len(signs), (200_000, 5), generator=draws)]
+            success = torch.sigmoid(skill + sign.double() * mode)
+            rewards = (torch.rand(200_000, 5, dtype=torch.float64, generator=draws) < success).double()
+            both, count = torch.cat([sign, rewards], 1).unique(dim=0, return_counts=True)  # [S, 10], [S]
+            sign, rewards = both.split(5, 1)
+            z = 3 * weights[0] + sign * weights[1]  # [S, 5]
+            logp = torch.where(rewards == 1, z, -z).sigmoid().log()
+            advantages = rl_rcgrpo.group_advantages(rewards, sign == 1, kind)
+            share = count[:, None] / 200_000
+            loss, _ = rl_rcgrpo.policy_loss(logp, logp.detach(), None, advantages, share / 5, beta=0)
+            sampled = -torch.autograd.grad(loss, weights)[0]
+            for what, value in zip(("skill", "mode"), sampled.tolist()):
+                assert abs(value - found[f"gradient_{what}"]) <= 5 * found[f"std_{what}"] / 200_000**0.5 + 1e-9, name
+            dead = ((rewards == rewards[:, :1]).all(1) * count).sum().item() / 200_000
+            variance = (rewards.var(1, correction=0) * count).sum().item() / 200_000
+            assert abs(dead - found["dead"]) < 0.006 and abs(variance - found["variance"]) < 0.002
+            assert abs(variance - found["within"] - found["between"]) < 0.002
+    at = {name: exact.Arm(name, 5).figures(0.99, 0.01) for name in exact.ARMS}
+    expected = {"RC-GRPO": (0.2, 0.0625, 0.0085), "RC-GRPO, centred": (0.2, 0.0625, 0.0040),
+                "GRPO, always high": (0.0079, 0.951, 0.0197), "always high, centred": (0.0079, 0.951, 0.0079)}
+    for name, points in expected.items():
+        found = [at[name][what] for what in ("variance", "dead", "gradient_high")]
+        assert np.abs(np.subtract(found, points)).max() < 1e-4, (name, found)
+    # An arm that steers with the token loses it: low learns to succeed as fast as high.
+    assert at["RC-GRPO"]["step_low"] > 1e-4 > at["GRPO, always high"]["step_low"]
+
+
+def test_a_short_arm_in_the_small_world(ranks, monkeypatch, tmp_path):
+    """A gold trajectory that fails, a corrupted one that passes, a budget that is exceeded, a finished run that
+    is made again; and the table of two seeds."""
+    policy = load_policy(str(world.HERE / "base"), torch.float32, "cpu")
+    for task in world.make_tasks("val", 40):
+        for row, tokens in (("rctp", ["high", "low"]), ("mixed", [None, None])):
+            [[good, bad]] = world.stage1_pairs(policy, row, [task], 0)
+            assert (good.reward, bad.reward, good.reason) == (1, 0, "done")
+            assert [good.reward_token, bad.reward_token] == tokens
+    easy = [world.make_task(f"easy {n}", world.EASY, (1, 2)) for n in range(20)]
+    assert world.success(policy, easy, None, 1) > 0.8  # it knows the format
+    shutil.copytree(world.HERE / "base", tmp_path / "world/base")
+    for name, value in dict(HERE=tmp_path / "world", TRAIN=8, HELD_OUT=4, STAGE1=2, ROLLOUTS=256).items():
+        monkeypatch.setattr(world, name, value)
+    monkeypatch.setattr(world.play, "ranks", ranks, raising=False)
+    arms = [(arm, 1e-3) for arm in world.ARMS]
+    for row, seed in itertools.product(("sft", "rctp", "mixed", "placebo"), (0, 1)):
+        world.play((row, seed, [(arm, lr) for arm, lr in arms if world.ARMS[arm].row == row], "test"))
+    runs = world.read("test")
+    for some in runs.values():
+        assert [one["seed"] for one in some] == [0, 1]
+        for one in some:
+            assert all(line["rollouts"] <= 256 for line in one["log"])
+    resampled, plain = (runs[f"RCTP-FT + {name}"][0] for name in ("always high, resampling", "GRPO, always high"))
+    assert plain["updates"] == 4 > resampled["updates"]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "world/test").iterdir()}
+    world.play(("rctp", 0, [("RCTP-FT", 1e-3)], "test"))
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    world.report()
+    assert "**primary**" in (tmp_path / "world.md").read_text() and (tmp_path / "world.png").stat().st_size > 5000
+    mean, half = world.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and abs(half - 4.303 / 3**0.5) < 1e-9
