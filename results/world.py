@@ -432,11 +432,11 @@ def draw(runs):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", width_ratios=[1, 1])
-    curves = [arm for arm in ARMS if ARMS[arm].row == "rctp" and len(runs[arm][0]["validation"]) > 1]
-    for arm in curves:
-        x = np.arange(5) * ROLLOUTS / 4  # with resampling a step may pass such a point
-        points = [interval(values) for values in zip(*([y for _, y in one["validation"]] for one in runs[arm]))]
-        mean, half = np.transpose(points)
+    for arm in [arm for arm in ARMS if ARMS[arm].row == "rctp" and runs[arm][0]["log"]]:
+        x = np.arange(5) * ROLLOUTS / 4
+        # With resampling a step may pass such a point: what lies there is read between its neighbours.
+        curves = [np.interp(x, *zip(*one["validation"])) for one in runs[arm]]  # [seeds][5]
+        mean, half = np.transpose([interval(values) for values in np.transpose(curves)])  # [5] each
         [line] = left.plot(x, mean, label=arm)
         left.fill_between(x, mean - half, mean + half, alpha=0.12, color=line.get_color())
     left.set_xlabel("rollouts")
