@@ -56,10 +56,10 @@ LIMITS = dict(max_turn_tokens=24, max_total_tokens=300, max_len=600)  # of a rol
 
 PRETRAINING = 1800  # updates of the base policy
 TRAIN, HELD_OUT = 256, 200  # tasks of training; of validation and of test
-STAGE1, STAGE1_LR = 300, 3e-3  # updates of 8 pairs
+STAGE1, STAGE1_LR = 600, 3e-3  # updates of 8 pairs
 ROLLOUTS = 2560  # of an arm of stage 2
 SEEDS, TUNING_SEEDS = range(10), (100, 101)
-GRID = (3e-4, 1e-3, 3e-3)  # learning rates of stage 2
+GRID = (3e-4, 6e-4, 1.2e-3)  # learning rates of stage 2
 LOGGED = ("reward", "rc/reward_high", "rc/reward_low", "frac_reward_zero_std", "rc/var_within_tokens",
           "rc/var_between_tokens", "rc/mode_gap", "kl", "grad_norm")
 
@@ -325,7 +325,7 @@ def play(job):
         return
     ranks, commit = play.ranks, subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE.parent, text=True,
                                                capture_output=True).stdout.strip()
-    tasks, val, test = make_tasks("train", TRAIN), make_tasks("val", HELD_OUT), make_tasks("test", HELD_OUT)
+    tasks, val, test = make_tasks("train", TRAIN), make_tasks("val", HELD_OUT), make_tasks("held-out", HELD_OUT)
     first = sampler.load_policy(str(HERE / "base"), torch.float32, "cpu")
     fit(first, stage1_pairs(first, row, tasks, seed), STAGE1, STAGE1_LR, seed, ranks)
     for arm, lr in todo:
