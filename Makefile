@@ -12,7 +12,7 @@ SEED ?= 0
 B := multi_turn_base
 DEMO := --docs signature --tasks $(B)_50,$(B)_46,$(B)_38 --max_turn_tokens 48 --max_len 1024 --seed $(SEED)
 
-.PHONY: demo test test-full bench clean
+.PHONY: demo test test-full bench results clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,12 @@ bench: $(VENV)/installed
 	$(RUN) bench.py sampler
 	$(RUN) bench.py train
 	$(RUN) bench.py step
+
+# The pictures and the table of the experiments: exact.py anew, world.py from its runs.
+results: $(VENV)/installed
+	$(RUN) results/group.py
+	$(RUN) results/exact.py
+	$(RUN) results/world.py
 
 clean:
 	rm -rf $(VENV) runs/demo
