@@ -1630,7 +1630,9 @@ def test_intervals_and_comparison(tmp_path, capsys):
 def test_what_a_group_teaches_exactly():
     """The enumeration against 200,000 sampled groups, whose gradient is that of the loss itself; and against
     known points: p_h = .99, p_l = .01, P(high) = 1/2, G = 5."""
-    for name, (signs, kind, _) in exact.ARMS.items():
+    for name, (signs, kind, resample) in exact.ARMS.items():
+        if resample:
+            continue
         arm = exact.Arm(name, 5)
         for p_high, p_low in ((0.8, 0.3), (0.95, 0.05)):
             found = arm.figures(p_high, p_low, (3, 1))
@@ -1648,6 +1650,8 @@ def test_what_a_group_teaches_exactly():
             share = count[:, None] / 200_000
             loss, _ = rl_rcgrpo.policy_loss(logp, logp.detach(), None, advantages, share / 5, beta=0)
             sampled = -torch.autograd.grad(loss, weights)[0]
+            step = exact.sigmoid(exact.logit(p_high) + 3 * sampled[0] + sampled[1]) - p_high
+            assert abs(step - found["step_high"]) < 0.02 * step, name
             for what, value in zip(("skill", "mode"), sampled.tolist()):
                 assert abs(value - found[f"gradient_{what}"]) <= 5 * found[f"std_{what}"] / 200_000**0.5 + 1e-9, name
             dead = ((rewards == rewards[:, :1]).all(1) * count).sum().item() / 200_000
@@ -1660,6 +1664,9 @@ def test_what_a_group_teaches_exactly():
     for name, points in expected.items():
         found = [at[name][what] for what in ("variance", "dead", "gradient_high")]
         assert np.abs(np.subtract(found, points)).max() < 1e-4, (name, found)
+    plain, live = at["GRPO, always high"], at["always high, resampling"]  # the same but for an update's noise
+    assert {what for what in live if live[what] != plain[what]} == {"cost", "std_skill", "std_mode", "std_high", "snr"}
+    assert abs(live["cost"] - 1 / 0.049) < 0.1 and abs(live["snr"] - 3.16) < 0.01
     # An arm that steers with the token loses it: low learns to succeed as fast as high.
     assert at["RC-GRPO"]["step_low"] > 1e-4 > at["GRPO, always high"]["step_low"]
 
@@ -1676,21 +1683,22 @@ def test_a_short_arm_in_the_small_world(ranks, monkeypatch, tmp_path):
     easy = [world.make_task(f"easy {n}", world.EASY, (1, 2)) for n in range(20)]
     assert world.success(policy, easy, None, 1) > 0.8  # it knows the format
     shutil.copytree(world.HERE / "base", tmp_path / "world/base")
-    for name, value in dict(HERE=tmp_path / "world", TRAIN=8, HELD_OUT=4, STAGE1=2, ROLLOUTS=256).items():
+    for name, value in dict(HERE=tmp_path / "world", TRAIN=8, HELD_OUT=4, STAGE1=2, ROLLOUTS=128).items():
         monkeypatch.setattr(world, name, value)
     monkeypatch.setattr(world.play, "ranks", ranks, raising=False)
-    arms = [(arm, 1e-3) for arm in world.ARMS]
-    for row, seed in itertools.product(("sft", "rctp", "mixed", "placebo"), (0, 1)):
-        world.play((row, seed, [(arm, lr) for arm, lr in arms if world.ARMS[arm].row == row], "test"))
+    resampling = "RCTP-FT + always high, resampling"
+    for seed in (0, 1):
+        arms = [(arm, 1e-3) for arm in (*world.PRIMARY, resampling, "RCTP-FT, again on own rollouts")]
+        world.play(("rctp", seed, arms, "test"))
     runs = world.read("test")
+    assert len(runs) == 4
     for some in runs.values():
         assert [one["seed"] for one in some] == [0, 1]
         for one in some:
-            assert all(line["rollouts"] <= 256 for line in one["log"])
-    resampled, plain = (runs[f"RCTP-FT + {name}"][0] for name in ("always high, resampling", "GRPO, always high"))
-    assert plain["updates"] == 4 > resampled["updates"]
+            assert all(line["rollouts"] <= 128 for line in one["log"])
+    assert runs[world.PRIMARY[1]][0]["updates"] == 2 > runs[resampling][0]["updates"]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "world/test").iterdir()}
-    world.play(("rctp", 0, [("RCTP-FT", 1e-3)], "test"))
+    world.play(("rctp", 0, arms, "test"))
     assert before == {path: path.stat().st_mtime_ns for path in before}
     world.report()
     assert "**primary**" in (tmp_path / "world.md").read_text() and (tmp_path / "world.png").stat().st_size > 5000

@@ -11,12 +11,14 @@ and loss are the project's own. All figures are per rollout, so that arms of one
     variance    within-group, of the rewards; it is the sum of two: within tokens and between them
     gradient    expected, of the gain that `policy_loss` maximises, on a parameter or a logit; std: of one group
     step        what one plain gradient step of lr 1 along it adds to P(success | high) and P(success | low)
-    snr         of that change of high's logit, mean / std; N rollouts have sqrt(N) times as much
-    cost        groups that are drawn for one that an update averages: with resampling dead groups cost theirs too,
-                and an update's gradient is so many times the one per rollout
+    snr         of that change of high's logit in an update, mean / std; N rollouts have sqrt(N) times as much
+    cost        groups that are drawn for one that an update averages. With resampling dead groups cost theirs too:
+                what N rollouts move is expected to be the same, in fewer updates, each `cost` times as large and less
+                noisy, since dead groups are no part of its mean
 
 How much of a network both modes share is unknown, so skill and mode may weigh differently: high's logit is
-a skill + b mode, and (a, b) = (1, 1), (3, 1), (1, 3) are shown.
+a skill + b mode, and (a, b) = (1, 1), (3, 1), (1, 3) are shown. GRPO without a token learns the skill of a policy
+between both modes: at p_l = 1 - p_h it succeeds half of the time, whatever p_h is.
 """
 import itertools
 import json
@@ -98,9 +100,11 @@ class Arm:
         def mean(x):
             return (chance * x).sum().item()
 
-        def std(x):
-            return math.sqrt(max(0.0, mean(x**2) - mean(x)**2))
-        return {"dead": mean(self.dead), "cost": 1 / (1 - mean(self.dead)) if self.resample else 1.0,
+        cost = 1 / (1 - mean(self.dead)) if self.resample else 1.0
+
+        def std(x):  # of the mean over live groups, if others are left out of it
+            return math.sqrt(max(0.0, mean(x**2) - cost * mean(x)**2))
+        return {"dead": mean(self.dead), "cost": cost,
                 "within": mean(self.within), "between": mean(self.between),
                 "variance": mean(self.within + self.between),
                 "gradient_skill": mean(on_skill), "std_skill": std(on_skill),
@@ -115,7 +119,8 @@ def draw(found):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     shown = [("dead", 0, "dead groups"), ("variance", 0, "within-group variance")]
-    shown += [("step_high", n, f"step of P(success | high)\nskill : mode = {a} : {b}") for n, (a, b) in enumerate(SCALES)]
+    for n, (a, b) in enumerate(SCALES):
+        shown.append(("step_high", n, f"step of P(success | high)\nskill : mode = {a} : {b}"))
     shown += [("step_low", 0, "step of P(success | low)"), ("snr", 0, "snr of high's step, per rollout")]
     figure, axes = plt.subplots(len(shown), 3, figsize=(11, 15), sharex=True, sharey="row", layout="constrained")
     for line, (what, scale, title) in zip(axes, shown):
@@ -124,7 +129,7 @@ def draw(found):
                 curve = found[key(arm, 5, relation, SCALES[scale])]
                 axis.plot(P_HIGH, curve[what], label=arm, color=f"C{n}", linestyle="--" if "high," in arm else "-")
         line[0].set_ylabel(title)
-    axes[-1, 0].set_ylim(0, 1.05)
+    axes[-1, 0].set_yscale("log")
     for top, bottom, relation in zip(axes[0], axes[-1], RELATIONS):
         top.set_title(f"{relation}, G = 5")
         bottom.set_xlabel("p_h = P(success | high)")
