@@ -3,6 +3,7 @@
     python results/world.py            # table and picture (world.md, world.png) from what is there: seconds
     python results/world.py tune       # the base policy and stage 2's learning rates: validation tasks, world/tuning/
     python results/world.py run        # what is not in world/test/ yet, two processes; then table and picture
+    python results/world.py grid       # afterwards: the primary comparison at every learning rate, validation tasks
 
 The world is a ledger: five functions, sixteen accounts, digits. A user asks for two to four things in turn; some
 take one call, whose arguments stand in the request, others two, of which the second needs what the first returned.
@@ -327,7 +328,7 @@ def file_of(folder, arm, seed, lr):
 
 def play(job):
     """One row of one seed: stage 1, then those of its arms whose JSON is not there yet.
-    job: (row, seed, [(arm, lr)], the folder of the JSON: `tuning`, on validation tasks alone, or `test`)."""
+    job: (row, seed, [(arm, lr)], the folder of the JSON: `test`, or another, for validation tasks alone)."""
     row, seed, arms, folder = job
     todo = [(arm, lr) for arm, lr in arms if not file_of(folder, arm, seed, lr).exists()]
     if not todo:
@@ -347,7 +348,7 @@ def play(job):
         found = {"arm": arm, "seed": seed, "lr": lr, "updates": len(log), "commit": commit,
                  "validation": [[0, success(first, val, token, 1)]] + [
                      [line["rollouts"], line.pop("validation")] for line in log if "validation" in line]}
-        if folder == "tuning":
+        if folder != "test":
             found["success"] = success(policy, val, token, 2)
         else:
             by_token = {str(t or "none"): success(policy, test, t, 2) for t in ("high", "low", None)}
@@ -476,6 +477,13 @@ def report():
     text += (f"\n\nPrimary comparison, {PRIMARY[0]} minus {PRIMARY[1]}: {100 * gain:+.1f} points of test success, 95 % "
              f"interval {100 * (gain - half):+.1f} to {100 * (gain + half):+.1f}, {len(runs[PRIMARY[0]])} seeds. "
              "All other comparisons are exploratory.\n")
+    grid = read("grid")
+    if grid:
+        text += "\nAfterwards, at the same learning rate for both, on validation tasks (exploratory):"
+    for lr in GRID if grid else ():
+        gain, half = interval(paired({arm: [one for one in some if one["lr"] == lr] for arm, some in grid.items()},
+                                     *PRIMARY))
+        text += f" {lr:g}: {100 * gain:+.1f} ± {100 * half:.1f};"
     for arm, other in (("placebo + RC-GRPO", "mixed, no token + GRPO"), ("SFT + RC-GRPO", "SFT + GRPO")):
         if not {arm, other} <= runs.keys():
             continue
@@ -496,6 +504,8 @@ def main():
         rates = {arm: GRID if ARMS[arm].flags is not None else [] for arm in ARMS}
         run(TUNING_SEEDS, rates, "tuning")
         return
+    if what == "grid":
+        run(SEEDS, {arm: GRID if arm in PRIMARY else [] for arm in ARMS}, "grid")
     if what == "run":
         run(SEEDS, {arm: [lr] for arm, lr in tuned().items()}, "test")
     report()
