@@ -11,7 +11,7 @@ and loss are the project's own. All figures are per rollout, so that arms of one
     variance    within-group, of the rewards; it is the sum of two: within tokens and between them
     gradient    expected, of the gain that `policy_loss` maximises, on a parameter or a logit; std: of one group
     step        what one plain gradient step of lr 1 along it adds to P(success | high) and P(success | low)
-    snr         of that change of high's logit in an update, mean / std; N rollouts have sqrt(N) times as much
+    snr         of that change of high's logit, mean / std; N rollouts have sqrt(N) times as much
     cost        groups that are drawn for one that an update averages. With resampling dead groups cost theirs too; a
                 budget of rollouts then makes so many times fewer updates, each as much larger, whose sum is that of
                 the other updates, noise included: what a steadier update is worth, an adaptive optimizer decides
