@@ -12,9 +12,9 @@ and loss are the project's own. All figures are per rollout, so that arms of one
     gradient    expected, of the gain that `policy_loss` maximises, on a parameter or a logit; std: of one group
     step        what one plain gradient step of lr 1 along it adds to P(success | high) and P(success | low)
     snr         of that change of high's logit in an update, mean / std; N rollouts have sqrt(N) times as much
-    cost        groups that are drawn for one that an update averages. With resampling dead groups cost theirs too:
-                what N rollouts move is expected to be the same, in fewer updates, each `cost` times as large and less
-                noisy, since dead groups are no part of its mean
+    cost        groups that are drawn for one that an update averages. With resampling dead groups cost theirs too; a
+                budget of rollouts then makes so many times fewer updates, each as much larger, whose sum is that of
+                the other updates, noise included: what a steadier update is worth, an adaptive optimizer decides
 
 How much of a network both modes share is unknown, so skill and mode may weigh differently: high's logit is
 a skill + b mode, and (a, b) = (1, 1), (3, 1), (1, 3) are shown. GRPO without a token learns the skill of a policy
@@ -23,6 +23,7 @@ between both modes: at p_l = 1 - p_h it succeeds half of the time, whatever p_h 
 import itertools
 import json
 import math
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -31,6 +32,7 @@ import matplotlib
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import rl_rcgrpo
 from rl_rcgrpo import group_advantages, policy_loss, variance_parts
 
 # An arm: the signs with which the mode acts under its tokens (high +1, low -1, none 0), equally likely; what
@@ -100,11 +102,9 @@ class Arm:
         def mean(x):
             return (chance * x).sum().item()
 
-        cost = 1 / (1 - mean(self.dead)) if self.resample else 1.0
-
-        def std(x):  # of the mean over live groups, if others are left out of it
-            return math.sqrt(max(0.0, mean(x**2) - cost * mean(x)**2))
-        return {"dead": mean(self.dead), "cost": cost,
+        def std(x):
+            return math.sqrt(max(0.0, mean(x**2) - mean(x)**2))
+        return {"dead": mean(self.dead), "cost": 1 / (1 - mean(self.dead)) if self.resample else 1.0,
                 "within": mean(self.within), "between": mean(self.between),
                 "variance": mean(self.within + self.between),
                 "gradient_skill": mean(on_skill), "std_skill": std(on_skill),
@@ -118,7 +118,7 @@ class Arm:
 def draw(found):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    shown = [("dead", 0, "dead groups"), ("variance", 0, "within-group variance")]
+    shown = [("dead", 0, "dead groups"), ("variance", 0, "within-group variance\ndotted: within tokens")]
     for n, (a, b) in enumerate(SCALES):
         shown.append(("step_high", n, f"step of P(success | high)\nskill : mode = {a} : {b}"))
     shown += [("step_low", 0, "step of P(success | low)"), ("snr", 0, "snr of high's step, per rollout")]
@@ -128,6 +128,8 @@ def draw(found):
             for n, arm in enumerate(ARMS):
                 curve = found[key(arm, 5, relation, SCALES[scale])]
                 axis.plot(P_HIGH, curve[what], label=arm, color=f"C{n}", linestyle="--" if "high," in arm else "-")
+                if what == "variance":
+                    axis.plot(P_HIGH, curve["within"], color=f"C{n}", linestyle=":")
         line[0].set_ylabel(title)
     axes[-1, 0].set_yscale("log")
     for top, bottom, relation in zip(axes[0], axes[-1], RELATIONS):
@@ -149,7 +151,10 @@ def main():
             points = [arm.figures(p, low(p), scale) for p in P_HIGH]
             found[key(name, G, relation, scale)] = {
                 what: [float(f"{point[what]:.4g}") for point in points] for what in points[0]}
-    lines = [f"{json.dumps(name)}: {json.dumps(curves)}" for name, curves in {"p_high": P_HIGH, **found}.items()]
+    sources = subprocess.run(["git", "log", "-1", "--format=%h", "--", __file__, rl_rcgrpo.__file__], text=True,
+                             cwd=Path(__file__).parent, capture_output=True).stdout.strip()
+    found = {"made by": f"python results/exact.py, as it is since commit {sources}", "p_high": P_HIGH, **found}
+    lines = [f"{json.dumps(name)}: {json.dumps(curves)}" for name, curves in found.items()]
     Path(__file__).with_suffix(".json").write_text("{" + ",\n".join(lines) + "}\n")
     draw(found)
     print(f"{'G = 5, p_h = .99, p_l = .01':32} dead groups  variance  on high's logit  step high  step low    snr")

@@ -478,12 +478,10 @@ def report():
              f"interval {100 * (gain - half):+.1f} to {100 * (gain + half):+.1f}, {len(runs[PRIMARY[0]])} seeds. "
              "All other comparisons are exploratory.\n")
     grid = read("grid")
-    if grid:
-        text += "\nAfterwards, at the same learning rate for both, on validation tasks (exploratory):"
-    for lr in GRID if grid else ():
-        gain, half = interval(paired({arm: [one for one in some if one["lr"] == lr] for arm, some in grid.items()},
-                                     *PRIMARY))
-        text += f" {lr:g}: {100 * gain:+.1f} ± {100 * half:.1f};"
+    for lr in sorted({one["lr"] for some in grid.values() for one in some}):
+        some = {arm: [one for one in grid[arm] if one["lr"] == lr] for arm in PRIMARY}
+        gain, half = interval(paired(some, *PRIMARY))
+        text += f"On validation tasks, both at learning rate {lr:g}: {100 * gain:+.1f} ± {100 * half:.1f}.\n"
     for arm, other in (("placebo + RC-GRPO", "mixed, no token + GRPO"), ("SFT + RC-GRPO", "SFT + GRPO")):
         if not {arm, other} <= runs.keys():
             continue
@@ -505,7 +503,7 @@ def main():
         run(TUNING_SEEDS, rates, "tuning")
         return
     if what == "grid":
-        run(SEEDS, {arm: GRID if arm in PRIMARY else [] for arm in ARMS}, "grid")
+        run(SEEDS, {arm: (*GRID, 2 * GRID[-1]) if arm in PRIMARY else [] for arm in ARMS}, "grid")
     if what == "run":
         run(SEEDS, {arm: [lr] for arm, lr in tuned().items()}, "test")
     report()
