@@ -1637,7 +1637,7 @@ def test_what_a_group_teaches_exactly():
         for p_high, p_low in ((0.8, 0.3), (0.95, 0.05)):
             found = arm.figures(p_high, p_low, (3, 1))
             skill, mode = ((exact.logit(p_high) + x * exact.logit(p_low)) / 2 for x in (1, -1))
-            weights = torch.tensor([skill / 3, mode], dtype=torch.float64, requires_grad=True)  # 3 skill + mode
+            weights = torch.tensor([skill / 3, mode], dtype=torch.float64, requires_grad=True)
             draws = torch.Generator().manual_seed(0)
             sign = torch.tensor(signs)[torch.randint(len(signs), (200_000, 5), generator=draws)]
             success = torch.sigmoid(skill + sign.double() * mode)
@@ -1653,7 +1653,8 @@ def test_what_a_group_teaches_exactly():
             step = exact.sigmoid(exact.logit(p_high) + 3 * sampled[0] + sampled[1]) - p_high
             assert abs(step - found["step_high"]) < 0.02 * step, name
             for what, value in zip(("skill", "mode"), sampled.tolist()):
-                assert abs(value - found[f"gradient_{what}"]) <= 5 * found[f"std_{what}"] / 200_000**0.5 + 1e-9, name
+                error = found[f"std_{what}"] / 200_000**0.5
+                assert abs(value - found[f"gradient_{what}"]) <= 5 * error + 1e-9, name
             dead = ((rewards == rewards[:, :1]).all(1) * count).sum().item() / 200_000
             variance = (rewards.var(1, correction=0) * count).sum().item() / 200_000
             assert abs(dead - found["dead"]) < 0.006 and abs(variance - found["variance"]) < 0.002
@@ -1665,21 +1666,23 @@ def test_what_a_group_teaches_exactly():
         found = [at[name][what] for what in ("variance", "dead", "gradient_high")]
         assert np.abs(np.subtract(found, points)).max() < 1e-4, (name, found)
     plain, live = at["GRPO, always high"], at["always high, resampling"]  # per rollout the same
-    assert {what for what in live if live[what] != plain[what]} == {"cost"} and abs(live["cost"] - 1 / 0.049) < 0.1
+    assert {what for what in live if live[what] != plain[what]} == {"cost"}
+    assert abs(live["cost"] - 1 / 0.049) < 0.1
     # An arm that steers with the token loses it: low learns to succeed as fast as high.
     assert abs(at["RC-GRPO"]["step_low"] / at["RC-GRPO"]["step_high"] - 1) < 0.03
 
 
 def test_a_short_arm_in_the_small_world(ranks, monkeypatch, tmp_path):
-    """A gold trajectory that fails, a corrupted one that passes, a budget that is exceeded, a finished run that
-    is made again; and the table of two seeds."""
+    """A gold trajectory that fails, a corrupted one that passes, a budget that is exceeded, a finished run
+    that is made again; and the table of two seeds."""
     table = world.HERE.with_suffix(".md").read_text().partition("\n\n")[0]
     assert table in (HERE / "README.md").read_text()
     policy = load_policy(str(world.HERE / "base"), torch.float32, "cpu")
     parts = [world.make_tasks(part, 200) for part in ("train", "val", "held-out")]
     assert len({(*task.texts, *task.balances.values()) for tasks in parts for task in tasks}) == 600
     small = world.Task("small", {"a": 1, "b": 2}, ["show a", "set b to 3"], [["get(a)"], ["set(b,3)"]])
-    for said, reward in (([["get(a)"], ["set(b,3)"]], 1), ([["get(a)"], ["set(a,3)"]], 0), ([[], ["set(b,3)"]], 0)):
+    judged = ([["get(a)"], ["set(b,3)"]], 1), ([["get(a)"], ["set(a,3)"]], 0), ([[], ["set(b,3)"]], 0)
+    for said, reward in judged:
         assert world.record(policy, small, said, None).reward == reward  # state and results
     for task in parts[1][:40]:
         for row, tokens in (("rctp", ["high", "low"]), ("mixed", [None, None])):
@@ -1691,8 +1694,9 @@ def test_a_short_arm_in_the_small_world(ranks, monkeypatch, tmp_path):
     monkeypatch.setattr(world, "ROLLOUTS", 160)
     own = world.own_pairs(policy, easy[:5] + parts[1][:5], 0)
     assert len(own) > 40
-    for t, token, reward in [(t, *label) for pair in own for t, label in zip(pair, [("high", 1), ("low", 0)])]:
-        assert (t.reward_token, t.reward) == (token, reward)
+    for t in [t for pair in own for t in pair]:
+        token = "high" if t.reward == 1 else "low"
+        assert t.reward_token == token
         assert [i for i in t.ids if i in policy.reward_ids.values()] == [policy.reward_ids[token]]
     shutil.copytree(world.HERE / "base", tmp_path / "world/base")
     for name, value in dict(HERE=tmp_path / "world", TRAIN=8, HELD_OUT=4, STAGE1=2, ROLLOUTS=128).items():
@@ -1713,6 +1717,7 @@ def test_a_short_arm_in_the_small_world(ranks, monkeypatch, tmp_path):
     world.play(("rctp", 0, arms, "test"))
     assert before == {path: path.stat().st_mtime_ns for path in before}
     world.report()
-    assert "**primary**" in (tmp_path / "world.md").read_text() and (tmp_path / "world.png").stat().st_size > 5000
+    assert "**primary**" in (tmp_path / "world.md").read_text()
+    assert (tmp_path / "world.png").stat().st_size > 5000
     mean, half = world.interval([1.0, 2.0, 3.0])
     assert mean == 2 and abs(half - 4.303 / 3**0.5) < 1e-9

@@ -3,22 +3,23 @@
     python results/exact.py        # exact.json and exact.png, in seconds
 
 A policy with two modes, which share a skill: P(success | high) = sigmoid(skill + mode), P(success | low) =
-sigmoid(skill - mode); without a token the mode does not act, sigmoid(skill). Nothing is sampled: the reward is 0 or
-1, so a group of G rollouts is one of a few patterns of tokens and rewards, each with its probability. Advantages
-and loss are the project's own. All figures are per rollout, so that arms of one budget can be compared:
+sigmoid(skill - mode); without a token the mode does not act, sigmoid(skill). Nothing is sampled: the reward
+is 0 or 1, so a group of G rollouts is one of a few patterns of tokens and rewards, each with its probability.
+Advantages and loss are the project's own. All figures are per rollout, so that arms of one budget can be
+compared:
 
     dead        share of the groups whose rewards are all equal
     variance    within-group, of the rewards; it is the sum of two: within tokens and between them
-    gradient    expected, of the gain that `policy_loss` maximises, on a parameter or a logit; std: of one group
+    gradient    expected, of the gain that `policy_loss` maximises, on a parameter or logit; std: of one group
     step        what one plain gradient step of lr 1 along it adds to P(success | high) and P(success | low)
     snr         of that change of high's logit, mean / std; N rollouts have sqrt(N) times as much
-    cost        groups that are drawn for one that an update averages. With resampling dead groups cost theirs too; a
-                budget of rollouts then makes so many times fewer updates, each as much larger, whose sum is that of
-                the other updates, noise included: what a steadier update is worth, an adaptive optimizer decides
+    cost        groups that are drawn for one that an update averages. With resampling dead groups cost theirs
+                too; a budget of rollouts makes so many times fewer updates, each as much larger: the same sum,
+                noise included. What a steadier update is worth, an adaptive optimizer decides
 
-How much of a network both modes share is unknown, so skill and mode may weigh differently: high's logit is
-a skill + b mode, and (a, b) = (1, 1), (3, 1), (1, 3) are shown. GRPO without a token learns the skill of a policy
-between both modes: at p_l = 1 - p_h it succeeds half of the time, whatever p_h is.
+How much of a network both modes share is unknown, so skill and mode may weigh differently: high's logit is a
+skill + b mode, and (a, b) = (1, 1), (3, 1), (1, 3) are shown. GRPO without a token learns the skill of a
+policy between both modes: at p_l = 1 - p_h it succeeds half of the time, whatever p_h is.
 """
 import itertools
 import json
@@ -46,7 +47,9 @@ ARMS = {"GRPO, no token": ([0], "group", False),
         "always high, signed": ([1], "signed", False),
         "always high, virtual": ([1], "virtual", False),
         "always high, resampling": ([1], "group", True)}
-RELATIONS = {"p_l = .05": lambda high: 0.05, "p_l = p_h": lambda high: high, "p_l = 1 - p_h": lambda high: 1 - high}
+RELATIONS = {"p_l = .05": lambda high: 0.05,
+             "p_l = p_h": lambda high: high,
+             "p_l = 1 - p_h": lambda high: 1 - high}
 P_HIGH = [percent / 100 for percent in range(1, 100, 2)]
 SCALES = ((1, 1), (3, 1), (1, 3))  # of skill and mode in high's logit
 
@@ -122,12 +125,14 @@ def draw(found):
     for n, (a, b) in enumerate(SCALES):
         shown.append(("step_high", n, f"step of P(success | high)\nskill : mode = {a} : {b}"))
     shown += [("step_low", 0, "step of P(success | low)"), ("snr", 0, "snr of high's step, per rollout")]
-    figure, axes = plt.subplots(len(shown), 3, figsize=(11, 15), sharex=True, sharey="row", layout="constrained")
+    figure, axes = plt.subplots(len(shown), 3, figsize=(11, 15), sharex=True, sharey="row",
+                                layout="constrained")
     for line, (what, scale, title) in zip(axes, shown):
         for axis, relation in zip(line, RELATIONS):
             for n, arm in enumerate(ARMS):
                 curve = found[key(arm, 5, relation, SCALES[scale])]
-                axis.plot(P_HIGH, curve[what], label=arm, color=f"C{n}", linestyle="--" if "high," in arm else "-")
+                style = "--" if "high," in arm else "-"
+                axis.plot(P_HIGH, curve[what], label=arm, color=f"C{n}", linestyle=style)
                 if what == "variance":
                     axis.plot(P_HIGH, curve["within"], color=f"C{n}", linestyle=":")
         line[0].set_ylabel(title)
@@ -151,17 +156,18 @@ def main():
             points = [arm.figures(p, low(p), scale) for p in P_HIGH]
             found[key(name, G, relation, scale)] = {
                 what: [float(f"{point[what]:.4g}") for point in points] for what in points[0]}
-    sources = subprocess.run(["git", "log", "-1", "--format=%h", "--", __file__, rl_rcgrpo.__file__], text=True,
-                             cwd=Path(__file__).parent, capture_output=True).stdout.strip()
-    found = {"made by": f"python results/exact.py, as it is since commit {sources}", "p_high": P_HIGH, **found}
+    git = ["git", "log", "-1", "--format=%h", "--", __file__, rl_rcgrpo.__file__]
+    commit = subprocess.run(git, cwd=Path(__file__).parent, text=True, capture_output=True).stdout.strip()
+    made = f"python results/exact.py, as it is since commit {commit}"
+    found = {"made by": made, "p_high": P_HIGH, **found}
     lines = [f"{json.dumps(name)}: {json.dumps(curves)}" for name, curves in found.items()]
     Path(__file__).with_suffix(".json").write_text("{" + ",\n".join(lines) + "}\n")
     draw(found)
-    print(f"{'G = 5, p_h = .99, p_l = .01':32} dead groups  variance  on high's logit  step high  step low    snr")
+    print(f"{'G = 5, p_h = .99, p_l = .01':32} dead groups  variance  gradient  step high  step low    snr")
     for name in ARMS:
         at = {what: curve[-1] for what, curve in found[key(name, 5, "p_l = 1 - p_h", (1, 1))].items()}
-        print(f"{name:32}{at['dead']:12.4f}{at['variance']:10.4f}{at['gradient_high']:17.4f}{at['step_high']:11.5f}"
-              f"{at['step_low']:10.5f}{at['snr']:7.3f}")
+        print(f"{name:32}{at['dead']:12.4f}{at['variance']:10.4f}{at['gradient_high']:10.4f}"
+              f"{at['step_high']:11.5f}{at['step_low']:10.5f}{at['snr']:7.3f}")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 GROUPS = {"GRPO after SFT: eight rollouts, one reward": (["none"] * 8, [0., 0., 0., 0., 0., 0., 0., 0.]),
-          "RC-GRPO: each rollout draws its own token": (["high", "low", "high", "high", "low", "low", "high", "low"],
-                                                        [1., 0., 1., 0., 0., 0., 1., 0.])}
+          "RC-GRPO: each rollout draws its own token": (
+              ["high", "low", "high", "high", "low", "low", "high", "low"], [1., 0., 1., 0., 0., 0., 1., 0.])}
 COLOURS = {"none": "grey", "high": "tab:blue", "low": "tab:orange"}
 
 figure, axes = plt.subplots(1, 2, figsize=(10, 2.8), sharey=True, layout="constrained")
@@ -26,7 +26,8 @@ for axis, (title, (tokens, rewards)) in zip(axes, GROUPS.items()):
     advantages = group_advantages(torch.tensor([rewards]))[0].tolist()  # [G]
     axis.bar(range(8), advantages, color=[COLOURS[token] for token in tokens])
     axis.axhline(0, color="black", linewidth=0.8)
-    axis.set_xticks(range(8), [f"{token}\nR = {reward:.0f}" for token, reward in zip(tokens, rewards)], fontsize=8)
+    labels = [f"{token}\nR = {reward:.0f}" for token, reward in zip(tokens, rewards)]
+    axis.set_xticks(range(8), labels, fontsize=8)
     axis.set_title(title, fontsize=10)
 axes[0].set_ylabel("advantage")
 axes[0].set_ylim(-1.6, 1.6)

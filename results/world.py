@@ -1,25 +1,26 @@
 """Does the token help? The arms of RC-GRPO in a world that is small enough for statistics.
 
     python results/world.py            # table and picture (world.md, world.png) from what is there: seconds
-    python results/world.py tune       # the base policy and stage 2's learning rates: validation tasks, world/tuning/
+    python results/world.py tune       # the base policy, and stage 2's learning rates on validation tasks
     python results/world.py run        # what is not in world/test/ yet, two processes; then table and picture
-    python results/world.py grid       # afterwards: the primary comparison at every learning rate, validation tasks
+    python results/world.py grid       # afterwards: the primary arms at every rate, on validation tasks
 
-The world is a ledger: five functions, sixteen accounts, digits. A user asks for two to four things in turn; some
-take one call, whose arguments stand in the request, others two, of which the second needs what the first returned.
-The reward is 1 only if every turn is right. The policy is the `tiny` model (0.1M weights, a byte tokenizer),
-pretrained once on requests of one call: it knows the format and the functions, and has never used a result. All
-else is the project's own: `rollout`, `record`, `pack`, `update` of stage 1; `draw_groups`, `fill`, `learn` of stage 2.
+The world is a ledger: five functions, sixteen accounts, digits. A user asks for two to four things in turn;
+some take one call, whose arguments stand in the request, others two, of which the second needs what the first
+returned. The reward is 1 only if every turn is right. The policy is the `tiny` model (0.1M weights, a byte
+tokenizer), pretrained once on requests of one call: it knows the format and the functions, and has never used
+a result. All else is the project's own: `rollout`, `record`, `pack`, `update` of stage 1; `draw_groups`,
+`fill`, `learn` of stage 2.
 
 Change REQUESTS, TURNS or the numbers below them, remove world/, then tune and run: you see another world.
 
-What was tried, on validation tasks and seeds of no arm. Pretraining: on 4,000 tasks again and again, or all lengths
-from the start, the model did not learn to copy within 2,200 updates; growing from one turn to four it did. Failures
-with a mistake in every other turn: 47 % under high, 16 % under low after 300 updates; in every turn 72 % and 4 %, on a
-base that was made anew afterwards. On this one 300 updates gave 28 to 31 %, with which a first series was run
-(world/first_*; test tasks 27 %: RC-GRPO minus always high -0.4 points, -2.3 to +1.4); 450 gave 61 to 63 % and 34 to
-53 % dead groups; 600 gave 64 to 71 % and 55 to 77 %, and were taken, with new test tasks. The first grid, 3e-4, 1e-3
-and 3e-3, was too high at its upper end.
+What was tried, on validation tasks and seeds of no arm. Pretraining: on 4,000 tasks again and again, or all
+lengths from the start, the model did not learn to copy within 2,200 updates; growing from one turn to four it
+did. Failures with a mistake in every other turn: 47 % under high, 16 % under low after 300 updates; in every
+turn 72 % and 4 %, on a base that was made anew afterwards. On this one 300 updates gave 28 to 31 %, with
+which a first series was run (world/first_*; test tasks 27 %: RC-GRPO minus always high -0.4 points, -2.3 to
++1.4); 450 gave 61 to 63 % and 34 to 53 % dead groups; 600 gave 64 to 71 % and 55 to 77 %, and were taken,
+with new test tasks. The first grid, 3e-4, 1e-3 and 3e-3, was too high at its upper end.
 """
 import copy
 import json
@@ -74,8 +75,8 @@ LOGGED = ("reward", "rc/reward_high", "rc/reward_low", "frac_reward_zero_std", "
 
 
 def execute(balances: dict[str, int], call: str) -> str:
-    """Do one call, `name(argument,...)`, to the balances; returns what it returns. One that cannot be done changes
-    nothing."""
+    """Do one call, `name(argument,...)`, to the balances; returns what it returns. One that cannot be done
+    changes nothing."""
     name, _, rest = call.removesuffix(")").partition("(")
     match name, rest.split(","):
         case "get", [x] if x in balances:
@@ -157,8 +158,8 @@ class Verdict(SimpleNamespace):
 
 
 def corrupt(task, rng) -> list[list[str]]:
-    """The gold calls with a mistake in most turns: an argument, the function (which may be drawn as it was), or a call
-    left out."""
+    """The gold calls with a mistake in most turns: an argument, the function (which may be drawn as it was),
+    or a call left out."""
     turns = [list(calls) for calls in task.gold]
     for calls in turns:
         i = rng.randrange(len(calls))
@@ -218,8 +219,8 @@ def fit(policy, pairs, steps, lr, seed, ranks, size=8):
 
 
 def pretrain(ranks):
-    """The base policy, once: gold conversations of one-call requests, growing from one turn to four, under any token,
-    which means nothing."""
+    """The base policy, once: gold conversations of one-call requests, growing from one turn to four, under
+    any token, which means nothing."""
     torch.manual_seed(0)
     policy = sampler.load_policy("tiny", torch.float32, "cpu")
     tasks = [make_task(f"pretraining {n}", EASY, (1, 1 + min(3, 5 * n // PRETRAINING // 32)))
@@ -274,7 +275,8 @@ def reinforce(policy, tasks, flags, lr, seed, ranks, watch):
             with torch.no_grad():
                 p.ref_logp = sampler.token_logprobs(reference, p, policy.banned)  # [M]
         optimizer.param_groups[0]["lr"] = sft.learning_rate(step, lr, total // args.prompts)
-        metrics = rl.learn(model, optimizer, packs, policy.banned, args, ranks) | rl.group_metrics(drawn, args.p_high)
+        metrics = rl.learn(model, optimizer, packs, policy.banned, args, ranks)
+        metrics |= rl.group_metrics(drawn, args.p_high)
         sft.copy_weights(policy.model, model)
         log.append({"rollouts": cursor * args.group,
                     **{name: float(f"{metrics[name]:.5g}") for name in LOGGED if name in metrics}})
@@ -335,7 +337,8 @@ def play(job):
         return
     ranks, commit = play.ranks, subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE.parent, text=True,
                                                capture_output=True).stdout.strip()
-    tasks, val, test = make_tasks("train", TRAIN), make_tasks("val", HELD_OUT), make_tasks("held-out", HELD_OUT)
+    tasks, val = make_tasks("train", TRAIN), make_tasks("val", HELD_OUT)
+    test = make_tasks("held-out", HELD_OUT)
     first = sampler.load_policy(str(HERE / "base"), torch.float32, "cpu")
     fit(first, stage1_pairs(first, row, tasks, seed), STAGE1, STAGE1_LR, seed, ranks)
     for arm, lr in todo:
@@ -436,13 +439,17 @@ def table(runs) -> str:
             gap = ""  # of the training rollouts; some groups have only one token
             if ARMS[arm].flags in ("", "--advantage token"):
                 gap = " → ".join(f"{logged('rc/mode_gap', part):.2f}" for part in (first, last))
+            within, between = (logged(f"rc/var_{part}_tokens", whole) for part in ("within", "between"))
             cells += [gap, f"{logged(dead, first):.2f} → {logged(dead, last):.2f}",
-                      f"{logged('rc/var_within_tokens', whole):.3f} + {logged('rc/var_between_tokens', whole):.3f}",
+                      f"{within:.3f} + {between:.3f}",
                       f"{logged('grad_norm', whole):.2f}", f"{np.mean([one['updates'] for one in some]):.1f}"]
         else:
             cells += [""] * 5
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+COLOURS = {"sft": "tab:grey", "mixed": "tab:olive", "placebo": "tab:pink", "rctp": "tab:blue"}  # of rows
 
 
 def draw(runs):
@@ -462,9 +469,10 @@ def draw(runs):
     bars = [arm for arm in reversed(ARMS) if arm in runs]
     for n, arm in enumerate(bars):
         mean, half = interval([one["success"] for one in runs[arm]])
-        colour = {"sft": "tab:grey", "mixed": "tab:olive", "placebo": "tab:pink", "rctp": "tab:blue"}[ARMS[arm].row]
-        right.barh(n, mean, xerr=half, color=colour, alpha=0.8 if arm in PRIMARY else 0.5, ecolor="black", capsize=2)
-        right.plot([one["success"] for one in runs[arm]], [n] * len(runs[arm]), "k.", markersize=3)  # the seeds
+        right.barh(n, mean, xerr=half, color=COLOURS[ARMS[arm].row], alpha=0.8 if arm in PRIMARY else 0.5,
+                   ecolor="black", capsize=2)
+        seeds = [one["success"] for one in runs[arm]]
+        right.plot(seeds, [n] * len(seeds), "k.", markersize=3)
     right.set_yticks(range(len(bars)), bars, fontsize=8)
     right.set_xlabel(f"success on test tasks, {len(runs[PRIMARY[0]])} seeds, 95 % intervals over seeds")
     figure.savefig(HERE.with_suffix(".png"), dpi=100)
@@ -474,9 +482,9 @@ def report():
     runs = read("test")
     text = table(runs)
     gain, half = interval(paired(runs, *PRIMARY))
-    text += (f"\n\nPrimary comparison, {PRIMARY[0]} minus {PRIMARY[1]}: {100 * gain:+.1f} points of test success, 95 % "
-             f"interval {100 * (gain - half):+.1f} to {100 * (gain + half):+.1f}, {len(runs[PRIMARY[0]])} seeds. "
-             "All other comparisons are exploratory.\n")
+    text += (f"\n\nPrimary comparison, {PRIMARY[0]} minus {PRIMARY[1]}: {100 * gain:+.1f} points of test "
+             f"success, 95 % interval {100 * (gain - half):+.1f} to {100 * (gain + half):+.1f}, "
+             f"{len(runs[PRIMARY[0]])} seeds. All other comparisons are exploratory.\n")
     grid = read("grid")
     for lr in sorted({one["lr"] for some in grid.values() for one in some}):
         some = {arm: [one for one in grid[arm] if one["lr"] == lr] for arm in PRIMARY}
