@@ -14,13 +14,14 @@ compared:
     step        what one plain gradient step of lr 1 along it adds to P(success | high) and P(success | low)
     snr         of that change of high's logit, mean / std; N rollouts have sqrt(N) times as much
     cost        groups that are drawn for one that an update averages. With resampling dead groups cost theirs
-                too; a budget of rollouts makes so many times fewer updates, each as much larger: the same sum,
-                noise included. What a steadier update is worth, an adaptive optimizer decides
+                too; a budget of rollouts makes so many times fewer updates, each as much larger: the same
+                sum, noise included. What a steadier update is worth, an adaptive optimizer decides
 
 How much of a network both modes share is unknown, so skill and mode may weigh differently: high's logit is a
 skill + b mode, and (a, b) = (1, 1), (3, 1), (1, 3) are shown. GRPO without a token learns the skill of a
 policy between both modes: at p_l = 1 - p_h it succeeds half of the time, whatever p_h is.
 """
+import contextlib
 import itertools
 import json
 import math
@@ -33,7 +34,6 @@ import matplotlib
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import rl_rcgrpo
 from rl_rcgrpo import group_advantages, policy_loss, variance_parts
 
 # An arm: the signs with which the mode acts under its tokens (high +1, low -1, none 0), equally likely; what
@@ -156,8 +156,10 @@ def main():
             points = [arm.figures(p, low(p), scale) for p in P_HIGH]
             found[key(name, G, relation, scale)] = {
                 what: [float(f"{point[what]:.4g}") for point in points] for what in points[0]}
-    git = ["git", "log", "-1", "--format=%h", "--", __file__, rl_rcgrpo.__file__]
-    commit = subprocess.run(git, cwd=Path(__file__).parent, text=True, capture_output=True).stdout.strip()
+    git = ["git", "log", "-1", "--format=%h", "--", "exact.py", "../rl_rcgrpo.py"]
+    commit = ""
+    with contextlib.suppress(OSError):  # no git here
+        commit = subprocess.run(git, cwd=Path(__file__).parent, text=True, capture_output=True).stdout.strip()
     made = f"python results/exact.py, as it is since commit {commit}"
     found = {"made by": made, "p_high": P_HIGH, **found}
     lines = [f"{json.dumps(name)}: {json.dumps(curves)}" for name, curves in found.items()]
