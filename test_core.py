@@ -1696,8 +1696,8 @@ def test_a_short_arm_in_the_small_world(ranks, monkeypatch, tmp_path):
     assert len(own) > 40
     for pair in own:
         assert [(t.reward_token, t.reward) for t in pair] == [("high", 1), ("low", 0)]
-        for t in pair:
-            assert [i for i in t.ids if i in policy.reward_ids.values()] == [policy.reward_ids[t.reward_token]]
+        for t, token in zip(pair, ("high", "low")):
+            assert [i for i in t.ids if i in policy.reward_ids.values()] == [policy.reward_ids[token]]
     shutil.copytree(world.HERE / "base", tmp_path / "world/base")
     for name, value in dict(HERE=tmp_path / "world", TRAIN=8, HELD_OUT=4, STAGE1=2, ROLLOUTS=128).items():
         monkeypatch.setattr(world, name, value)
