@@ -12,7 +12,7 @@ SEED ?= 0
 B := multi_turn_base
 DEMO := --docs signature --tasks $(B)_50,$(B)_46,$(B)_38 --max_turn_tokens 48 --max_len 1024 --seed $(SEED)
 
-.PHONY: demo test test-full bench results clean
+.PHONY: demo test test-full bench results ablation clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,10 @@ results: $(VENV)/installed
 	$(RUN) results/group.py
 	$(RUN) results/exact.py
 	$(RUN) results/world.py
+
+# The next block of the ablation on BFCL (up to 2.5 hours; a killed one goes on), then its tables.
+ablation: $(VENV)/installed
+	$(RUN) results/ablation.py run
 
 clean:
 	rm -rf $(VENV) runs/demo

@@ -269,6 +269,7 @@ def figures(trajectories: list[Trajectory]):
             "errors": dict(errors.most_common()),
             "reasons": dict(reasons.most_common()),  # how they ended
             "calls": mean(t.calls for t in trajectories),
+            "turns": mean(t.steps for t in trajectories),  # messages of the model
             "tokens": mean(sum(t.mask) for t in trajectories)}  # sampled
 
 
@@ -408,6 +409,7 @@ def score(args):
             verdict = vars(judge(task, turns))
         t = Trajectory(task.id, None, [], [], [], float(verdict["valid"]), "not known", verdict)
         t.calls = sum(len(step) for turn in turns for step in turn)
+        t.steps = sum(len(turn) for turn in turns)
         trajectories.append(t)
     if not trajectories:
         raise BfclError(f"{args.score} holds no line of the {len(tasks)} tasks asked for: try --part all")
