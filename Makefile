@@ -12,7 +12,7 @@ SEED ?= 0
 B := multi_turn_base
 DEMO := --docs signature --tasks $(B)_50,$(B)_46,$(B)_38 --max_turn_tokens 48 --max_len 1024 --seed $(SEED)
 
-.PHONY: demo test test-full bench results ablation clean
+.PHONY: demo test test-full bench results ablation recipe-7b clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +49,10 @@ results: $(VENV)/installed
 # The next block of the ablation on BFCL (up to 2.5 hours; a killed one goes on), then its tables.
 ablation: $(VENV)/installed
 	$(RUN) results/ablation.py run
+
+# What the paper's 7B run would take on a card of 141 GB, and on eight of 80.
+recipe-7b: $(VENV)/installed
+	$(RUN) results/recipe.py
 
 clean:
 	rm -rf $(VENV) runs/demo

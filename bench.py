@@ -382,19 +382,19 @@ def planned_packs(policy, args, stage2: bool) -> list:
 
 
 def bench_plan(flags: list[str]) -> dict:
-    """Bytes a rank by part, their peak, and operations a step, of a run on --ranks ranks; more than one rank
-    means GPUs. Activations are counted as autograd keeps them for a Llama layer: 16 bytes a hidden unit (the
-    two norms, in fp32), `width` bytes for the rest."""
+    """Bytes a rank by part, their peak, and operations a step, of a run on this machine or on --ranks GPUs.
+    Activations are counted as autograd keeps them for a Llama layer: 16 bytes a hidden unit (the two norms, in
+    fp32), `width` bytes for the rest."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--ranks", type=int, default=0)
     own, rest = parser.parse_known_args(flags)
-    stage2, ranks = any(flag.startswith("--init") for flag in rest), own.ranks
+    stage2, ranks = any(flag.startswith("--init") for flag in rest), own.ranks or 1
     args = (rl_rcgrpo if stage2 else S).parse_args(rest)
     policy = R.load_policy(args.init if stage2 else args.model, torch.float32, "meta", weights=False,
                            thinking=args.thinking)
     packs = planned_packs(policy, args, stage2)
     config, layers = policy.model.config, policy.model.model.layers
-    device = torch.device("cuda" if torch.cuda.is_available() or ranks > 1 else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() or own.ranks else "cpu")
     width = R.compute_dtype(args.dtype, device).itemsize
     N, L, V = sum(p.numel() for p in policy.model.parameters()), config.num_hidden_layers, config.vocab_size
     layer = sum(p.numel() for p in layers[0].parameters())

@@ -1344,7 +1344,7 @@ def test_pipeline(pipeline):
     assert all(torch.equal(p, states[1][name]) for name, p in states[0].items())
     if FULL:
         flags = f"{STAGE} {PAIR},multi_turn_base_46 --batch 6 --dtype bf16 --save_every 0 --out"
-        [planned] = succeed(start(f"bench.py plan --ranks 1 {flags} {out}/plan"))
+        [planned] = succeed(start(f"bench.py plan {flags} {out}/plan"))
         succeed(start(f"sft_rctp.py {flags} {out}/run"))
         measured = lines_of(out / "run/metrics.jsonl")[-1]["perf/max_memory_allocated_gb"]
         plan = json.loads(planned.splitlines()[-1])
