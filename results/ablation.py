@@ -4,32 +4,40 @@
     python results/ablation.py run        # first the next block that is not done: hours
 
 A block is one stage 1, its arms of stage 2 and their evaluations, on one machine. It needs committed files
-alone and ends with its folder bfcl/SIZE-BLOCK/; one that was interrupted goes on where it was, as long as runs/
-is there. The plan stands in bfcl.md, whose end this script writes. One thing is decided on the way, after the
-first stage 1: all arms learn from the reward `official`, unless fewer than 3 % of the rollouts of validation
-tasks succeed.
+alone and ends with its folder bfcl/SIZE-BLOCK/; one that was interrupted goes on where it was, as long as
+runs/ is there. The plan stands in bfcl.md, whose end this script writes. One thing is decided on the way, after
+the first stage 1: all arms learn from the reward `official`, unless fewer than 3 % of the rollouts of
+validation tasks succeed.
 """
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
+from types import SimpleNamespace
 
+import matplotlib
 import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+import eval_bfcl
 import rollout
 from sft_rctp import write
 
 HERE = ROOT / "results/bfcl"
+MARK = "## Results\n"  # of bfcl.md: what follows is written here
 
 
 @dataclass
 class Size:
     """What a machine can do in two and a half hours a block."""
     where: str
+    hours: float  # of a block, predicted
     blocks: str  # in their order
     world: str  # flags of all commands
     stage1: str
@@ -49,10 +57,11 @@ CPU = ("--docs signature --categories multi_turn_base "
        "--max_len 2048 --max_turn_tokens 128 --max_total_tokens 768")
 STAGE1 = "--epochs 6 --batch 8 --lr 1e-4 --save_every 10"
 STAGE2 = "--prompts 2 --group 8 --lr 3e-5 --save_every 5"
-SIZES = {"gpu": Size("one H100", "12534", "--docs slim", "--epochs 3", "--steps 100"),
-         "cpu-bf16": Size("two CPU cores with bf16", "1234", CPU, STAGE1, STAGE2 + " --steps 26",
-                         "--limit 40"),
-         "cpu": Size("two CPU cores without bf16", "1", CPU, STAGE1, STAGE2 + " --steps 6", "--limit 10", 1)}
+SIZES = {"cpu-bf16": Size("two CPU cores with bf16", 2.4, "1234", CPU, STAGE1,
+                         STAGE2 + " --steps 26", "--limit 40"),
+         "cpu": Size("two CPU cores without bf16", 2.3, "1", CPU, STAGE1,
+                    STAGE2 + " --steps 6", "--limit 10", 1),
+         "gpu": Size("one H100", 3.0, "12534", "--docs slim", "--epochs 3", "--steps 100")}
 HIGH = {"always-high": "--reward_tokens high", "rc-grpo": ""}
 BLOCKS = {"1": Block(0, "", HIGH),
           "2": Block(1, "", HIGH),
@@ -60,7 +69,10 @@ BLOCKS = {"1": Block(0, "", HIGH),
           "4": Block(0, "", {"signed": "--reward_tokens high --advantage signed",
                            "within": "--advantage token"}),
           "5": Block(2, "", HIGH)}
-PARTS = ("test", "train")
+NAMES = {"stage1": "", "always-high": " + GRPO always high", "rc-grpo": " + RC-GRPO", "grpo": " + GRPO",
+         "signed": " + GRPO always high, signed", "within": " + RC-GRPO, within tokens"}
+PARTS = {"test": "held-out", "train": "trained"}
+TOKENS = ("high", "low", "none")
 LOGGED = ("step", "loss", "reward", "rc/reward_high", "rc/reward_low", "frac_reward_zero_std",
           "rc/var_within_tokens", "rc/var_between_tokens", "rc/mode_gap", "tool_call_counts/mean",
           "num_turns/mean", "kl", "grad_norm", "step_time")
@@ -152,12 +164,188 @@ def run(kind, number):
     partial.rename(HERE / f"{kind}-{number}")
 
 
+# ---- Tables and picture ------------------------------------------------------------------------------------
+def label(number, arm):
+    return ("SFT" if "sft" in BLOCKS[number].stage1 else "RCTP-FT") + NAMES[arm]
+
+
+def finished(kind):
+    """(block, arm, {part: its row of eval.json}, log, block.json) of every arm that was run."""
+    for number in SIZES[kind].blocks:
+        folder = HERE / f"{kind}-{number}"
+        if folder.exists():
+            block = read(folder / "block.json")
+            tables = {part: read(folder / part / "eval.json")["table"] for part in PARTS}
+            for n, (arm, log) in enumerate(block["logs"].items()):
+                yield number, arm, {part: table[n] for part, table in tables.items()}, log, block
+
+
+def markdown(head, lines) -> str:
+    width = len(head)
+    rows = [head, ["---"] * width, *[[*line, *[""] * (width - len(line))] for line in lines]]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + "\n"
+
+
+def success_table() -> str:
+    """Every arm of every size: its successes, or that it was not run."""
+    lines = []
+    for kind, size in SIZES.items():
+        done = list(finished(kind))
+        late = f"not run: predicted {size.hours} hours on {size.where}"
+        if not done:
+            lines.append([f"{kind} {', '.join(size.blocks)}", "all arms", late + ", a block"])
+            continue
+        for number in size.blocks:
+            for arm in ("stage1", *BLOCKS[number].arms):
+                row = [f"{kind} {number}", label(number, arm)]
+                here = [one for one in done if one[:2] == (number, arm)]
+                if here:
+                    [(_, _, parts, _, _)] = here
+                    overall = [parts[part][token]["overall"] for part in PARTS for token in TOKENS]
+                    row += [eval_bfcl.percent(f).strip() for f in overall]
+                    contract = parts["test"]["contract"]
+                    row += [" + ".join(str(parts[part]["high"]["overall"]["n"]) for part in PARTS),
+                            contract["rollouts"], f"{contract['minutes']:.0f}"]
+                elif arm == "signed" and done[0][4]["reward"] == "progress":
+                    row.append("not run: it is for rewards of 0 and 1, and these arms learn from `progress`")
+                else:
+                    row.append(late + ", the block")
+                lines.append(row)
+    head = [f"{title}, {token}" for title in PARTS.values() for token in TOKENS]
+    return markdown(["block", "arm", *head, "n a token", "rollouts", "minutes"], lines)
+
+
+def ends(log, name, form="{:.2f}") -> str:
+    """Of a logged figure, the means over the first and the last quarter of the steps."""
+    values = [line[name] for line in log if name in line]
+    quarter = max(1, len(log) // 4)
+    if not values:
+        return ""
+    return " → ".join(form.format(mean(some)) for some in (values[:quarter], values[-quarter:]))
+
+
+def training_table(kind) -> str:
+    lines = []
+    for number, arm, _, log, _ in finished(kind):
+        if arm == "stage1":
+            continue
+        within = mean(line["rc/var_within_tokens"] for line in log)
+        between = mean(line["rc/var_between_tokens"] for line in log)
+        lines.append([number, label(number, arm), ends(log, "reward"), ends(log, "rc/reward_high"),
+                      ends(log, "rc/reward_low"), ends(log, "frac_reward_zero_std"),
+                      f"{within:.3f} + {between:.3f}", ends(log, "rc/mode_gap"),
+                      ends(log, "tool_call_counts/mean"), ends(log, "num_turns/mean"),
+                      ends(log, "kl", "{:.4f}"), ends(log, "grad_norm")])
+    return markdown(["block", "arm", "reward", "under high", "under low", "dead groups",
+                     "variance within + between tokens", "mode gap", "calls", "turns", "KL", "gradient norm"],
+                    lines)
+
+
+def error_table(kind) -> str:
+    """Of the evaluations: how rollouts fail, and whether the model still calls functions."""
+    lines = []
+    for number, arm, parts, _, _ in finished(kind):
+        for part, token in ((part, token) for part in PARTS for token in TOKENS):
+            f = parts[part][token]["overall"]
+            errors = ", ".join(f"{name} {count}" for name, count in f["errors"].items())
+            lines.append([number, label(number, arm), f"{PARTS[part]}, {token}", f"{f['calls']:.1f}",
+                          f"{f['turns']:.1f}", f"{f['tokens']:.0f}", errors])
+    return markdown(["block", "arm", "tasks, token", "calls", "turns", "tokens", "errors"], lines)
+
+
+def compared(kind, part):
+    """What `eval_bfcl.py --compare` says of all blocks: {"table": its arms, "pairs": their differences}."""
+    work = ROOT / f"runs/ablation/compare-{kind}-{part}"
+    with contextlib.redirect_stdout(io.StringIO()):
+        eval_bfcl.compare(SimpleNamespace(compare=sorted(HERE.glob(f"{kind}-?/{part}")), out=work))
+    return read(work / "compare.json")
+
+
+def difference_table(kind) -> str:
+    """Arms under high, and high against low in an arm; seeds of an arm together."""
+    lines = []
+    for part, title in PARTS.items():
+        for pair in compared(kind, part)["pairs"]:
+            (a, token), (b, other) = pair["a"], pair["b"]
+            if token == other == "high" or (a == b and {token, other} == {"high", "low"}):
+                primary = (pair["kind"], part) == ("primary", "test")
+                lines.append([title, "**primary**" if primary else "exploratory", f"{a}, {token}",
+                              f"{b}, {other}", eval_bfcl.percent(pair, "difference").strip(),
+                              f"{100 * pair['detectable']:.1f}"])
+    return markdown(["tasks", "kind", "of", "minus", "points, 95 %", "smallest detectable"], lines)
+
+
+def seed_table(kind) -> str:
+    lines = []
+    for part, title in PARTS.items():
+        lines += [[title, arm["arm"], arm["token"], arm["seeds"], eval_bfcl.percent(arm).strip()]
+                  for arm in compared(kind, part)["table"] if arm["seeds"] > 1]
+    return markdown(["tasks", "arm", "token", "seeds", "success %, 95 %"], lines)
+
+
+def picture(kind, path):
+    """Curves of stage 2, and bars of success."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    arms = list(finished(kind))
+    figure, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
+    names = {"reward": f"training reward ({arms[0][4]['reward']})", "rc/mode_gap": "mode gap"}
+    for ax, (name, title) in zip(axes, names.items()):
+        for n, (number, arm, _, log, _) in enumerate(arms):
+            points = [(line["step"], line[name]) for line in log if arm != "stage1" and name in line]
+            if points:
+                steps, values = zip(*points)
+                smooth = [mean(values[max(0, i - 4):i + 1]) for i in range(len(values))]
+                ax.plot(steps, values, color=f"C{n}", alpha=0.25)
+                ax.plot(steps, smooth, color=f"C{n}")
+        ax.set(xlabel="step (bold: mean of five)", title=title)
+    for ax, (part, title) in zip(axes[2:], PARTS.items()):
+        for n, (number, arm, parts, _, _) in enumerate(arms):
+            for y, token in enumerate(TOKENS):
+                f = parts[part][token]["overall"]
+                place = n + 0.27 * (y - 1)
+                ax.barh(place, f["accuracy"], 0.25, color=f"C{n}", alpha=1 - 0.3 * y,
+                        label=f"{number}: {label(number, arm)}" if y == 0 else None)
+                ax.plot(f["interval"], [place, place], color="black", linewidth=1)
+        ax.set(title=f"success on {title} tasks", xlabel="from below: high, low, no token",
+               xlim=(0, None), yticks=[])
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def report():
+    """Write the end of bfcl.md, and the picture of every size that was run."""
+    page = HERE.with_suffix(".md")
+    text = [page.read_text().partition(MARK)[0] + MARK, success_table()]
+    for kind in SIZES:
+        blocks = {number: block for number, _, _, _, block in finished(kind)}
+        if not blocks:
+            continue
+        picture(kind, HERE / f"{kind}.png")
+        text.append(f"### {kind}\n\n![Curves and bars](bfcl/{kind}.png)\n")
+        for number, block in blocks.items():
+            line = (f"- Block {number}: {block['machine']}, {block['compute']}, torch {block['torch']}, "
+                    f"commit {block['commit'][:7]}; reward `{block['reward']}`")
+            if val := block.get("validation"):
+                line += (f", since {eval_bfcl.percent(val).strip()} % of {val['n']} rollouts on validation "
+                         "tasks succeeded after stage 1")
+            text.append(line + ".")
+        for title, table in (("Stage 2, its first and its last quarter", training_table),
+                             ("How rollouts fail", error_table),
+                             ("Paired differences over the same tasks, seeds together", difference_table),
+                             ("Arms with several seeds", seed_table)):
+            text += [f"\n**{title}**\n", table(kind)]
+    write(page, "\n".join(text))
+
+
 def main():
     if sys.argv[1:] == ["run"]:
         kind = size_here()
         left = [number for number in SIZES[kind].blocks if not (HERE / f"{kind}-{number}").exists()]
         if left:
             run(kind, left[0])
+    report()
 
 
 if __name__ == "__main__":
