@@ -35,10 +35,12 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Coher
                           GPT2Config, GraniteConfig, Llama4TextConfig, LlamaConfig, NemotronConfig,
                           Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig, StableLmConfig)
 sys.path.append(str(Path(__file__).parent / "results"))
+import ablation
 import bench
 import bfcl_env
 import eval_bfcl
 import exact
+import recipe
 import rl_rcgrpo
 import rollout as sampler
 import sft_rctp
@@ -1721,3 +1723,47 @@ def test_a_short_arm_in_the_small_world(ranks, monkeypatch, tmp_path):
     assert (tmp_path / "world.png").stat().st_size > 5000
     mean, half = world.interval([1.0, 2.0, 3.0])
     assert mean == 2 and abs(half - 4.303 / 3**0.5) < 1e-9
+
+
+@pytest.mark.parametrize("success, reward", [(0.02, "progress"), (0.03, "official")])
+def test_the_ablation_and_its_tables(success, reward, monkeypatch, tmp_path, capsys):
+    """Arms under unequal flags, another reward than block 1 decides, a block on two machines, a lost row."""
+    monkeypatch.setattr(ablation, "ROOT", tmp_path)
+    monkeypatch.setattr(ablation, "HERE", tmp_path / "results/bfcl")
+    trained, line = [], json.dumps(dict.fromkeys(ablation.LOGGED, 0.5))
+
+    def command(script, *flags):
+        words = " ".join(map(str, flags)).split()
+        of = {name: words[words.index(name) + 1] for name in words if name.startswith("--")}
+        folder, table = tmp_path / of["--out"], []
+        if script == "rl_rcgrpo.py":
+            trained.append(of)
+        sft_rctp.write(folder / "metrics.jsonl", line)
+        for n, model in enumerate([word for word in words if word.endswith("/model")]):
+            table.append({"arm": ("RCTP-FT", eval_bfcl.PRIMARY[1], eval_bfcl.PRIMARY[0])[n],
+                          "ckpt": model, "sha256": model, "style": "python", "model": "m", "correct": {},
+                          "contract": {"rollouts": 416 * (n > 0), "minutes": 3}})
+            for token in ablation.TOKENS:
+                some = [Trajectory(f"multi_turn_base_{i % 50}", token, [], [], [], i < 200 * success * (n + 1),
+                                   "done", {"error_type": "x"}) for i in range(200)]
+                table[-1][token] = {"overall": eval_bfcl.figures(some)}
+                table[-1]["correct"][token] = sampler.mean_reward(some, lambda t: t.task)
+            sft_rctp.write(folder / "config.json", {"same": dict.fromkeys(eval_bfcl.ALIKE, 1)})
+            sft_rctp.write(folder / "eval.json", {"table": table, **table[0]["high"]})
+    monkeypatch.setattr(ablation, "command", command)
+    for number in "1234":
+        ablation.run("cpu-bf16", number)
+    alike = {(of["--reward"], of["--steps"], of["--prompts"], of["--group"], of["--lr"]) for of in trained}
+    assert alike == {(reward, "26", "2", "8", "3e-5")} and len(trained) == 8 - (reward == "progress")
+    sft_rctp.write(ablation.HERE.with_suffix(".md"), ablation.MARK)
+    ablation.report()
+    page = ablation.HERE.with_suffix(".md").read_text()
+    assert f"1 | RCTP-FT + RC-GRPO | {300 * success:.1f} [" in page and page.count("**primary**") == 1
+    assert page.count("not run") == 2 + (reward == "progress")  # the other sizes; `signed`, which cannot
+    sft_rctp.write(tmp_path / "runs/ablation/cpu-bf16-1/begun.json", {"machine": "another one"})
+    with pytest.raises(SystemExit, match="begun elsewhere"):
+        ablation.run("cpu-bf16", "1")
+    monkeypatch.undo()
+    assert ablation.success_table() in (HERE / "README.md").read_text()
+    recipe.main()
+    assert capsys.readouterr().out.count("planned peak 129 of 140 GiB") == 2

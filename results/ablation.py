@@ -5,8 +5,8 @@
 
 A block is one stage 1, its arms of stage 2 and their evaluations, on one machine. It needs committed files
 alone and ends with its folder bfcl/SIZE-BLOCK/; one that was interrupted goes on where it was, as long as
-runs/ is there. The plan stands in bfcl.md, whose end this script writes. One thing is decided on the way, after
-the first stage 1: all arms learn from the reward `official`, unless fewer than 3 % of the rollouts of
+runs/ is there. The plan stands in bfcl.md, whose end this script writes. One thing is decided on the way,
+after the first stage 1: all arms learn from the reward `official`, unless fewer than 3 % of the rollouts of
 validation tasks succeed.
 """
 import contextlib
