@@ -453,9 +453,9 @@ def read_arms(folders):
     return list(rows.values()), common
 
 
-def compare(args):
-    """Print and write the arms and their differences; the picture."""
-    rows, common = read_arms(args.compare)
+def compared(folders):
+    """({"table": the arms, "pairs": their differences, what all have in common}, rows of each arm)."""
+    rows, common = read_arms(folders)
     tasks = common["tasks that fit"]
     arms = {}  # (arm, token) -> one row a seed
     for row in sorted(rows, key=lambda row: row["arm"] != PRIMARY[0]):
@@ -484,18 +484,23 @@ def compare(args):
                       # 1.96 + 0.84 standard deviations: found by 80 % of such tests
                       "detectable": max(2.8 * float(gap.std()), floor)})
     pairs.sort(key=lambda pair: pair["kind"] != "primary")
-    shown = [f"{name} {common[name]}" for name in ALIKE[1:] if common[name] != ""]
-    print(f"{len(tasks)} tasks; " + ", ".join(shown))
+    return {"table": table, "pairs": pairs, **common}, list(arms.values())
+
+
+def compare(args):
+    """Print and write the arms and their differences; the picture."""
+    result, arms = compared(args.compare)
+    shown = [f"{name} {result[name]}" for name in ALIKE[1:] if result[name] != ""]
+    print(f"{len(result['tasks that fit'])} tasks; " + ", ".join(shown))
     print_columns(["arm", "evaluated with", "accuracy %", "seeds", "rollouts"],
-                  [[r["arm"], r["token"], percent(r), r["seeds"], r["rollouts"]] for r in table])
+                  [[r["arm"], r["token"], percent(r), r["seeds"], r["rollouts"]] for r in result["table"]])
     print("\npaired differences over the same tasks, in points; the intervals hold the tasks' variance, and "
           "little (with one seed nothing) of that between training runs")
     print_columns(["kind", "difference", "smallest detectable", "of", "minus"],
                   [[p["kind"], percent(p, "difference"), f"{100 * p['detectable']:.1f}", p["a"], p["b"]]
-                   for p in pairs])
-    result = {"table": table, "pairs": pairs, **common}
+                   for p in result["pairs"]])
     write(args.out / "compare.json", result)
-    plot(args.out / "compare.png", table, list(arms.values()))
+    plot(args.out / "compare.png", result["table"], arms)
     print(json.dumps(result))
 
 

@@ -1726,28 +1726,30 @@ def test_a_short_arm_in_the_small_world(ranks, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("success, reward", [(0.02, "progress"), (0.03, "official")])
-def test_the_ablation_and_its_tables(success, reward, monkeypatch, tmp_path, capsys):
+def test_the_ablation_and_its_tables(success, reward, monkeypatch, tmp_path):
     """Arms under unequal flags, another reward than block 1 decides, a block on two machines, a lost row."""
     monkeypatch.setattr(ablation, "ROOT", tmp_path)
     monkeypatch.setattr(ablation, "HERE", tmp_path / "results/bfcl")
     trained, line = [], json.dumps(dict.fromkeys(ablation.LOGGED, 0.5))
 
-    def command(script, *flags):
+    def command(script, *flags):  # writes what the command would
         words = " ".join(map(str, flags)).split()
         of = {name: words[words.index(name) + 1] for name in words if name.startswith("--")}
         folder, table = tmp_path / of["--out"], []
+        sft_rctp.write(folder / "metrics.jsonl", line)
         if script == "rl_rcgrpo.py":
             trained.append(of)
-        sft_rctp.write(folder / "metrics.jsonl", line)
         for n, model in enumerate([word for word in words if word.endswith("/model")]):
-            table.append({"arm": ("RCTP-FT", eval_bfcl.PRIMARY[1], eval_bfcl.PRIMARY[0])[n],
-                          "ckpt": model, "sha256": model, "style": "python", "model": "m", "correct": {},
-                          "contract": {"rollouts": 416 * (n > 0), "minutes": 3}})
+            block, arm = model.split("/")[2:4]
+            row = {"arm": ablation.label(block[-1], arm), "ckpt": model, "sha256": model, "style": "",
+                   "model": "", "contract": {"rollouts": 9 * (n > 0), "minutes": 3}, "correct": {}}
             for token in ablation.TOKENS:
-                some = [Trajectory(f"multi_turn_base_{i % 50}", token, [], [], [], i < 200 * success * (n + 1),
-                                   "done", {"error_type": "x"}) for i in range(200)]
-                table[-1][token] = {"overall": eval_bfcl.figures(some)}
-                table[-1]["correct"][token] = sampler.mean_reward(some, lambda t: t.task)
+                right = int(200 * success * (n + 1))
+                some = [Trajectory(f"multi_turn_base_{i % 50}", token, [], [], [], i < right, "done",
+                                   {"error_type": "x"}) for i in range(200)]
+                row[token] = {"overall": eval_bfcl.figures(some)}
+                row["correct"][token] = sampler.mean_reward(some, lambda t: t.task)
+            table.append(row)
             sft_rctp.write(folder / "config.json", {"same": dict.fromkeys(eval_bfcl.ALIKE, 1)})
             sft_rctp.write(folder / "eval.json", {"table": table, **table[0]["high"]})
     monkeypatch.setattr(ablation, "command", command)
@@ -1755,15 +1757,21 @@ def test_the_ablation_and_its_tables(success, reward, monkeypatch, tmp_path, cap
         ablation.run("cpu-bf16", number)
     alike = {(of["--reward"], of["--steps"], of["--prompts"], of["--group"], of["--lr"]) for of in trained}
     assert alike == {(reward, "26", "2", "8", "3e-5")} and len(trained) == 8 - (reward == "progress")
-    sft_rctp.write(ablation.HERE.with_suffix(".md"), ablation.MARK)
+    page = ablation.HERE.with_suffix(".md")
+    for path in (page, tmp_path / "README.md"):
+        sft_rctp.write(path, f"plan\n{ablation.BEGIN}old{ablation.END}end")
     ablation.report()
-    page = ablation.HERE.with_suffix(".md").read_text()
-    assert f"1 | RCTP-FT + RC-GRPO | {300 * success:.1f} [" in page and page.count("**primary**") == 1
-    assert page.count("not run") == 2 + (reward == "progress")  # the other sizes; `signed`, which cannot
+    assert re.fullmatch(f"plan\n{ablation.BEGIN}[^o].*{ablation.END}end", page.read_text(), re.DOTALL)
+    assert f"1 | RCTP-FT + RC-GRPO | {300 * success:.1f} [" in path.read_text()
+    assert path.read_text().count("not run") == 2 + (reward == "progress")  # other sizes; and `signed`
+    assert page.read_text().count("**primary**") == 3  # of seeds 0 and 1, and of both
     sft_rctp.write(tmp_path / "runs/ablation/cpu-bf16-1/begun.json", {"machine": "another one"})
-    with pytest.raises(SystemExit, match="begun elsewhere"):
+    with pytest.raises(SystemExit, match="another one"):
         ablation.run("cpu-bf16", "1")
-    monkeypatch.undo()
-    assert ablation.success_table() in (HERE / "README.md").read_text()
+
+
+def test_the_committed_tables_and_the_plan_for_7b(capsys):
+    for page in (HERE / "README.md", ablation.HERE.with_suffix(".md")):
+        assert ablation.success_table() in page.read_text()  # `python results/ablation.py` writes it
     recipe.main()
     assert capsys.readouterr().out.count("planned peak 129 of 140 GiB") == 2

@@ -5,20 +5,19 @@
 
 A block is one stage 1, its arms of stage 2 and their evaluations, on one machine. It needs committed files
 alone and ends with its folder bfcl/SIZE-BLOCK/; one that was interrupted goes on where it was, as long as
-runs/ is there. The plan stands in bfcl.md, whose end this script writes. One thing is decided on the way,
-after the first stage 1: all arms learn from the reward `official`, unless fewer than 3 % of the rollouts of
-validation tasks succeed.
+runs/ is there. The plan stands in bfcl.md, where this script writes the results. One thing is decided on the
+way, after the first stage 1: all arms learn from the reward `official`, unless fewer than 3 % of the rollouts
+of validation tasks succeed.
 """
 import contextlib
-import io
 import json
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from types import SimpleNamespace
 
 import matplotlib
 import torch
@@ -30,12 +29,12 @@ import rollout
 from sft_rctp import write
 
 HERE = ROOT / "results/bfcl"
-MARK = "## Results\n"  # of bfcl.md: what follows is written here
+BEGIN, END = "<!-- ablation -->\n", "<!-- /ablation -->\n"  # in bfcl.md and README.md
 
 
 @dataclass
 class Size:
-    """What a machine can do in two and a half hours a block."""
+    """What a machine can do."""
     where: str
     hours: float  # of a block, predicted
     blocks: str  # in their order
@@ -43,6 +42,7 @@ class Size:
     stage1: str
     stage2: str
     train: str = ""  # the tasks that are trained on
+    test: str = ""  # the held-out tasks
     samples: int = 4  # rollouts a task and token of an evaluation
 
 
@@ -59,8 +59,8 @@ STAGE1 = "--epochs 6 --batch 8 --lr 1e-4 --save_every 10"
 STAGE2 = "--prompts 2 --group 8 --lr 3e-5 --save_every 5"
 SIZES = {"cpu-bf16": Size("two CPU cores with bf16", 2.4, "1234", CPU, STAGE1,
                          STAGE2 + " --steps 26", "--limit 40"),
-         "cpu": Size("two CPU cores without bf16", 2.3, "1", CPU, STAGE1,
-                    STAGE2 + " --steps 6", "--limit 10", 1),
+         "cpu": Size("two CPU cores without bf16", 2.4, "1", CPU, STAGE1,
+                    STAGE2 + " --steps 6", "--limit 10", "--limit 10", 1),
          "gpu": Size("one H100", 3.0, "12534", "--docs slim", "--epochs 3", "--steps 100")}
 HIGH = {"always-high": "--reward_tokens high", "rc-grpo": ""}
 BLOCKS = {"1": Block(0, "", HIGH),
@@ -69,8 +69,9 @@ BLOCKS = {"1": Block(0, "", HIGH),
           "4": Block(0, "", {"signed": "--reward_tokens high --advantage signed",
                            "within": "--advantage token"}),
           "5": Block(2, "", HIGH)}
-NAMES = {"stage1": "", "always-high": " + GRPO always high", "rc-grpo": " + RC-GRPO", "grpo": " + GRPO",
-         "signed": " + GRPO always high, signed", "within": " + RC-GRPO, within tokens"}
+NAMES = {"stage1": "", "always-high": " + GRPO (high token)", "rc-grpo": " + RC-GRPO",  # as in evaluations
+         "grpo": " + GRPO (no token)", "signed": " + GRPO (high token), signed advantage",
+         "within": " + RC-GRPO, token advantage"}
 PARTS = {"test": "held-out", "train": "trained"}
 TOKENS = ("high", "low", "none")
 LOGGED = ("step", "loss", "reward", "rc/reward_high", "rc/reward_low", "frac_reward_zero_std",
@@ -80,25 +81,33 @@ LOGGED = ("step", "loss", "reward", "rc/reward_high", "rc/reward_low", "frac_rew
 
 # ---- One block ---------------------------------------------------------------------------------------------
 def command(script, *flags):
-    """Run it under torchrun, a process a GPU. Errors: SystemExit with its code."""
+    """Run it under torchrun, a process a GPU; after Ctrl-C until its step is saved. Errors: SystemExit."""
     words = [script, *" ".join(map(str, flags)).split()]
     print("\n$ torchrun", *words, flush=True)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--shutdown_timeout", "3600",
                 "--nproc_per_node", str(torch.cuda.device_count() or 1)]
-    if code := subprocess.run([*torchrun, *words], cwd=ROOT).returncode:
-        raise SystemExit(code)
+    process = subprocess.Popen([*torchrun, *words], cwd=ROOT)
+    while process.poll() is None:
+        with contextlib.suppress(KeyboardInterrupt):
+            process.wait()
+    if process.returncode:
+        raise SystemExit(process.returncode)
 
 
 def machine():
     """What figures depend on besides the flags."""
+    info, name = Path("/proc/cpuinfo"), platform.machine()
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("model name"):
+            name = line.partition(":")[2].strip()
+    name = f"{os.cpu_count()} cores of {name}"
     if torch.cuda.is_available():
         name = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    else:
-        models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")]
-        name = f"{len(os.sched_getaffinity(0))} cores of {models[0]}"
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, text=True,
+                         capture_output=True)
     compute = rollout.compute_dtype("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return {"machine": name, "compute": str(compute), "torch": torch.__version__}
+    return {"machine": name, "compute": str(compute), "torch": torch.__version__,
+            "commit": git.stdout.strip()}
 
 
 def size_here():
@@ -117,12 +126,11 @@ def run(kind, number):
     work = Path(f"runs/ablation/{kind}-{number}")
     begun = ROOT / work / "begun.json"
     if not begun.exists():
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True, capture_output=True)
-        write(begun, json.dumps({**machine(), "commit": head.stdout.strip()}))
+        write(begun, machine())
     found = read(begun)
-    if not machine().items() <= found.items():
-        raise SystemExit(f"{work} was begun elsewhere, by {found}, and a block stays on one machine: "
-                         "delete that folder")
+    if found != machine():
+        raise SystemExit(f"{work} was begun by {found}, and this is {machine()}: a block stays on one "
+                         "machine and commit; go on there, or delete that folder")
 
     # stage 1, and what its successes on validation tasks decide for all blocks
     common = f"{size.world} --seed {block.seed}"
@@ -148,7 +156,7 @@ def run(kind, number):
     # evaluations: always the official reward
     tokens = "--reward_tokens high,low,none --samples"
     for part in PARTS:
-        chosen = size.train if part == "train" else ""
+        chosen = size.train if part == "train" else size.test
         command("eval_bfcl.py", common, f"--part {part}", chosen, tokens, size.samples,
                 "--ckpt", *models.values(), "--out", work / part)
 
@@ -160,7 +168,7 @@ def run(kind, number):
     for arm in models:
         lines = (ROOT / work / arm / "metrics.jsonl").read_text().splitlines()
         logs[arm] = [{name: line[name] for name in LOGGED if name in line} for line in map(json.loads, lines)]
-    write(partial / "block.json", json.dumps({**found, "logs": logs}, indent=1))
+    write(partial / "block.json", {**found, "logs": logs})
     partial.rename(HERE / f"{kind}-{number}")
 
 
@@ -237,8 +245,8 @@ def training_table(kind) -> str:
                       ends(log, "tool_call_counts/mean"), ends(log, "num_turns/mean"),
                       ends(log, "kl", "{:.4f}"), ends(log, "grad_norm")])
     return markdown(["block", "arm", "reward", "under high", "under low", "dead groups",
-                     "variance within + between tokens", "mode gap", "calls", "turns", "KL", "gradient norm"],
-                    lines)
+                     "variance within + between tokens", "mode gap", "calls", "messages", "KL",
+                     "gradient norm"], lines)
 
 
 def error_table(kind) -> str:
@@ -250,36 +258,47 @@ def error_table(kind) -> str:
             errors = ", ".join(f"{name} {count}" for name, count in f["errors"].items())
             lines.append([number, label(number, arm), f"{PARTS[part]}, {token}", f"{f['calls']:.1f}",
                           f"{f['turns']:.1f}", f"{f['tokens']:.0f}", errors])
-    return markdown(["block", "arm", "tasks, token", "calls", "turns", "tokens", "errors"], lines)
+    return markdown(["block", "arm", "tasks, token", "calls", "messages", "tokens", "errors"], lines)
 
 
-def compared(kind, part):
-    """What `eval_bfcl.py --compare` says of all blocks: {"table": its arms, "pairs": their differences}."""
-    work = ROOT / f"runs/ablation/compare-{kind}-{part}"
-    with contextlib.redirect_stdout(io.StringIO()):
-        eval_bfcl.compare(SimpleNamespace(compare=sorted(HERE.glob(f"{kind}-?/{part}")), out=work))
-    return read(work / "compare.json")
+def compared(kind, blocks, part):
+    """What `eval_bfcl.py --compare` says of these blocks: {"table": arms, "pairs": their differences}."""
+    return eval_bfcl.compared([HERE / f"{kind}-{number}/{part}" for number in blocks])[0]
 
 
 def difference_table(kind) -> str:
-    """Arms under high, and high against low in an arm; seeds of an arm together."""
+    """Of each block, whose arms have one stage 1; of the seeds of block 1 together; of blocks 3 and 4 against
+    block 1. Under high, and high against low in an arm; SFT's, which never saw a token, without one too."""
+    arms = {}  # block -> its arms
+    for number, arm, *_ in finished(kind):
+        arms.setdefault(number, []).append(label(number, arm))
+    seeds = [number for number in arms if BLOCKS[number].arms == HIGH]
+    groups = [[number] for number in arms] + [seeds] * (len(seeds) > 1)
+    groups += [["1", number] for number in arms if number in "34"]
     lines = []
     for part, title in PARTS.items():
-        for pair in compared(kind, part)["pairs"]:
-            (a, token), (b, other) = pair["a"], pair["b"]
-            if token == other == "high" or (a == b and {token, other} == {"high", "low"}):
-                primary = (pair["kind"], part) == ("primary", "test")
-                lines.append([title, "**primary**" if primary else "exploratory", f"{a}, {token}",
-                              f"{b}, {other}", eval_bfcl.percent(pair, "difference").strip(),
-                              f"{100 * pair['detectable']:.1f}"])
-    return markdown(["tasks", "kind", "of", "minus", "points, 95 %", "smallest detectable"], lines)
+        for blocks in groups:
+            for pair in compared(kind, blocks, part)["pairs"]:
+                (a, token), (b, other) = pair["a"], pair["b"]
+                across = len(blocks) == 1 or blocks == seeds or (a in arms["1"]) != (b in arms["1"])
+                wanted = (token == other == "high" or (a == b and {token, other} == {"high", "low"})
+                          or (token == other == "none" and (a + b).startswith("SFT")))
+                if across and wanted:
+                    primary = (pair["kind"], part) == ("primary", "test")
+                    lines.append([title, ", ".join(blocks), "**primary**" if primary else "exploratory",
+                                  f"{a}, {token}", f"{b}, {other}",
+                                  eval_bfcl.percent(pair, "difference").strip(),
+                                  f"{100 * pair['detectable']:.1f}"])
+    return markdown(["tasks", "blocks", "kind", "of", "minus", "points, 95 %", "smallest detectable"], lines)
 
 
 def seed_table(kind) -> str:
+    """The arms of block 1 over its seeds, families and seeds drawn."""
+    seeds = sorted({number for number, *_ in finished(kind) if BLOCKS[number].arms == HIGH})
     lines = []
     for part, title in PARTS.items():
         lines += [[title, arm["arm"], arm["token"], arm["seeds"], eval_bfcl.percent(arm).strip()]
-                  for arm in compared(kind, part)["table"] if arm["seeds"] > 1]
+                  for arm in compared(kind, seeds, part)["table"]]
     return markdown(["tasks", "arm", "token", "seeds", "success %, 95 %"], lines)
 
 
@@ -289,22 +308,23 @@ def picture(kind, path):
     import matplotlib.pyplot as plt
     arms = list(finished(kind))
     figure, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
-    names = {"reward": f"training reward ({arms[0][4]['reward']})", "rc/mode_gap": "mode gap"}
+    color = plt.get_cmap("tab20")
+    names = {"rc/reward_high": f"{arms[0][4]['reward']} under the high token", "rc/mode_gap": "mode gap"}
     for ax, (name, title) in zip(axes, names.items()):
         for n, (number, arm, _, log, _) in enumerate(arms):
             points = [(line["step"], line[name]) for line in log if arm != "stage1" and name in line]
             if points:
                 steps, values = zip(*points)
                 smooth = [mean(values[max(0, i - 4):i + 1]) for i in range(len(values))]
-                ax.plot(steps, values, color=f"C{n}", alpha=0.25)
-                ax.plot(steps, smooth, color=f"C{n}")
+                ax.plot(steps, values, color=color(n), alpha=0.25)
+                ax.plot(steps, smooth, color=color(n))
         ax.set(xlabel="step (bold: mean of five)", title=title)
     for ax, (part, title) in zip(axes[2:], PARTS.items()):
         for n, (number, arm, parts, _, _) in enumerate(arms):
             for y, token in enumerate(TOKENS):
                 f = parts[part][token]["overall"]
                 place = n + 0.27 * (y - 1)
-                ax.barh(place, f["accuracy"], 0.25, color=f"C{n}", alpha=1 - 0.3 * y,
+                ax.barh(place, f["accuracy"], 0.25, color=color(n), alpha=1 - 0.3 * y,
                         label=f"{number}: {label(number, arm)}" if y == 0 else None)
                 ax.plot(f["interval"], [place, place], color="black", linewidth=1)
         ax.set(title=f"success on {title} tasks", xlabel="from below: high, low, no token",
@@ -314,10 +334,16 @@ def picture(kind, path):
     plt.close(figure)
 
 
+def put(page, text):
+    """In place of what stood between the marks of a page."""
+    before, _, rest = page.read_text().partition(BEGIN)
+    write(page, before + BEGIN + text + END + rest.partition(END)[2])
+
+
 def report():
-    """Write the end of bfcl.md, and the picture of every size that was run."""
-    page = HERE.with_suffix(".md")
-    text = [page.read_text().partition(MARK)[0] + MARK, success_table()]
+    """Write the results into bfcl.md, the arms' successes into the README, a picture of every size."""
+    put(ROOT / "README.md", success_table())
+    text = [success_table()]
     for kind in SIZES:
         blocks = {number: block for number, _, _, _, block in finished(kind)}
         if not blocks:
@@ -331,12 +357,14 @@ def report():
                 line += (f", since {eval_bfcl.percent(val).strip()} % of {val['n']} rollouts on validation "
                          "tasks succeeded after stage 1")
             text.append(line + ".")
-        for title, table in (("Stage 2, its first and its last quarter", training_table),
-                             ("How rollouts fail", error_table),
-                             ("Paired differences over the same tasks, seeds together", difference_table),
-                             ("Arms with several seeds", seed_table)):
+        tables = {"Stage 2, its first and its last quarter": training_table,
+                  "How rollouts fail": error_table,
+                  "Arms over seeds": seed_table,
+                  "Paired differences over the same tasks. The intervals hold the tasks' variance; of that "
+                  "between training runs nothing (one seed) or little": difference_table}
+        for title, table in tables.items():
             text += [f"\n**{title}**\n", table(kind)]
-    write(page, "\n".join(text))
+    put(HERE.with_suffix(".md"), "\n".join(text))
 
 
 def main():

@@ -2,9 +2,9 @@
 
     python results/recipe.py
 
-Memory and operations are `bench.py plan`'s, for a model of Qwen2.5-7B's shape; lengths by the default model's
-tokenizer and template. No rate was measured on a GPU. The hours carry over what was measured on a CPU: the
-share of the peak that training reaches, and how much longer a decode step takes than its matrix products.
+Memory is that of `bench.py plan`, for a model of Qwen2.5-7B's shape and conversations of full length. Hours
+are for conversations as the gold calls make them, with the default model's tokenizer and template. No rate
+was measured on a GPU: two ratios of a CPU are carried over to the datasheets' figures.
 """
 import contextlib
 import io
@@ -13,6 +13,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import torch
 from transformers import Qwen2Config
@@ -22,12 +23,14 @@ import bench
 import rl_rcgrpo
 import rollout
 import sft_rctp
-from bfcl_env import load_tasks, split
+from bfcl_env import env_maker, load_tasks, select_tasks, split
 
-MODEL, SHARED = "Qwen/Qwen2.5-7B-Instruct", "--docs full --max_len 16384 --tokens_per_microbatch 16384"
-MFU, DECODE = 0.26, 1.5  # `bench.py train`, `bench.py sampler` on two cores of an AMD EPYC (avx512_bf16)
+MODEL, MAX_LEN = "Qwen/Qwen2.5-7B-Instruct", 16384
+SHARED = f"--docs full --max_len {MAX_LEN} --tokens_per_microbatch {MAX_LEN}"
+# On two cores of an AMD EPYC (avx512_bf16), see README: what training reaches of the rate of large matrix
+# products, `bench.py train`; a decode step over its bare matrix products, `bench.py sampler`.
+MFU, DECODE = 0.26, 1.5
 RECOMPUTED = 4 / 3  # gradient checkpointing runs the forward pass twice
-SAMPLED = 600  # tokens a rollout: ten messages of 60
 
 
 @dataclass
@@ -59,53 +62,83 @@ def plan(ranks, *flags):
         return bench.bench_plan(["--ranks", str(ranks), *flags, *SHARED.split()])
 
 
-def decoding(cards, held, rollouts):
-    """Seconds of a batch, by the bytes that each step reads: the weights, and a row's half-full cache. `held`
-    is a plan's "bytes", whose KV cache is that of one full conversation."""
-    weights, cache = held["rollout / reference copy"], held["KV cache"]
-    free = cards.gib * 2**30 - held["masters (fp32)"] - held["AdamW moments"] - weights
-    mine = math.ceil(rollouts / cards.count)
-    rows = min(mine, int(0.6 * free / cache))  # live at once
-    steps = SAMPLED * math.ceil(mine / rows)
-    return DECODE * steps * (weights + rows * cache / 2) / cards.bandwidth
+@dataclass
+class Typical:
+    """Mean tokens of conversations whose calls are the gold ones; operations of an update on a group."""
+    prefix: float  # what a group shares
+    own: float  # sampled tokens and results
+    sampled: float
+    flops: float
+
+    @classmethod
+    def of(cls, folder, group):
+        args = sft_rctp.parse_args(["--model", folder, *SHARED.split()])
+        policy = rollout.load_policy(folder, torch.float32, "meta", weights=False)
+        tasks = select_tasks(args)[::18]
+        pairs, _ = sft_rctp.stage1_data(policy, tasks, env_maker(args, policy.style(args.style)), args)
+        gold = [t for pair in pairs for t in pair if t.reward == 1]
+        flops = []
+        for t in gold:
+            packs = sft_rctp.pack([t] * group, args.tokens_per_microbatch)
+            flops.append(bench.flops(policy.model, [p.layout for p in packs], group * sum(t.mask)))
+        return cls(mean(t.mask.index(1) for t in gold), mean(len(t.mask) - t.mask.index(1) for t in gold),
+                   mean(sum(t.mask) for t in gold), mean(flops))
+
+
+def sampling(cards, planned, typical, groups, size, held):
+    """Seconds of `groups` of `size` rollouts, beside `held` bytes a card: decode steps by the bytes that they
+    read (weights, each group's prefix, half of a row's own), results and prefixes by their operations."""
+    weights = planned["bytes"]["rollout / reference copy"]
+    token = planned["bytes"]["KV cache"] / MAX_LEN  # a plan's cache is that of one full conversation
+    mine = groups * size / cards.count
+    row = token * (typical.own + typical.prefix / size)  # bytes
+    rows = min(mine, 0.6 * (cards.gib * 2**30 - held - weights) / row)  # live at once
+    read = weights + rows * (row - token * typical.own / 2)
+    steps = typical.sampled * mine / rows
+    computed = groups * (typical.prefix + size * (typical.own - typical.sampled))  # tokens
+    return (DECODE * steps * read / cards.bandwidth
+            + 2 * planned["parameters"] * computed / (MFU * cards.flops * cards.count))
 
 
 def main():
     stage1, stage2 = sft_rctp.parse_args([]), rl_rcgrpo.parse_args([])  # presets and defaults
     train, test = (split(load_tasks())[part] for part in ("train", "test"))
     updates = stage1.epochs * math.ceil(len(train) / (stage1.batch // 2))  # a pair a task
-    rollouts = stage2.prompts * stage2.group  # a step
-    evaluated = len(test) * 4 * 3 * 2  # samples, tokens, checkpoints
-    print(f"Stage 1: {updates} updates; stage 2: {stage2.steps} steps of {rollouts} rollouts; evaluation: "
-          f"{evaluated:,} rollouts.")
     with tempfile.TemporaryDirectory() as folder:
         stand_in(folder)
         plans = [[plan(cards.count, flag, folder) for flag in ("--model", "--init")] for cards in CARDS]
+        typical = Typical.of(folder, stage2.group)
+    print(f"Stage 1: {updates} updates; stage 2: {stage2.steps} steps of {stage2.prompts} x {stage2.group} "
+          f"rollouts; evaluation: {len(test)} tasks x 4 rollouts x 3 tokens x 2 checkpoints.\n"
+          f"A conversation: {typical.prefix:.0f} tokens of prompt, {typical.own:.0f} of messages and "
+          f"results, {typical.sampled:.0f} of them sampled.")
     for cards, (one, two) in zip(CARDS, plans):
         rate = MFU * cards.flops * cards.count
-        sampling = decoding(cards, two["bytes"], rollouts)
-        reference = two["flops"] / 3 / rate  # a forward pass of three
-        update = RECOMPUTED * two["flops"] / rate
+        held = two["bytes"]["masters (fp32)"] + two["bytes"]["AdamW moments"]
+        rolled = sampling(cards, two, typical, stage2.prompts, stage2.group, held)
+        reference = stage2.prompts * typical.flops / 3 / rate  # the forward pass is a third
+        update = RECOMPUTED * stage2.prompts * typical.flops / rate
         hours = {"stage 1": updates * RECOMPUTED * one["flops"] / rate / 3600,
-                 "stage 2": stage2.steps * (sampling + reference + update) / 3600,
-                 "evaluation": decoding(cards, two["bytes"], evaluated) / 3600}
-        # A folder's model/ in fp32, a checkpoint with its moments, and the next one while it is written.
-        disk = 2 * (4 + 2 * 12) * one["parameters"] / 1e9
+                 "stage 2": stage2.steps * (rolled + reference + update) / 3600,
+                 "evaluation": 3 * 2 * sampling(cards, two, typical, len(test), 4, 0) / 3600}
+        # Bytes a parameter: each stage's model/ in fp32 and checkpoint with AdamW's moments; stage 2's next
+        # checkpoint, while it is written; the download in bf16.
+        disk = one["parameters"] * (2 * (4 + 12) + 12 + 2) / 1e9
         torchrun = f"torchrun --standalone --nproc_per_node {cards.count}"
         print(f"\n## {cards.name}\n\n"
               f"{torchrun} sft_rctp.py --model {MODEL} {SHARED} --out runs/7b/sft\n"
               f"{torchrun} rl_rcgrpo.py --init runs/7b/sft/model {SHARED} --out runs/7b/rl\n"
               f"{torchrun} eval_bfcl.py --ckpt runs/7b/sft/model runs/7b/rl/model --docs full "
-              "--max_len 16384 --reward_tokens high,low,none --samples 4 --out runs/7b/eval\n")
+              f"--max_len {MAX_LEN} --reward_tokens high,low,none --samples 4 --out runs/7b/eval\n")
         for stage, planned in (("stage 1", one), ("stage 2", two)):
             print(f"{stage}: planned peak {planned['peak_bytes'] / 2**30:.0f} of {cards.gib} GiB a card")
-        print(f"predicted hours: {', '.join(f'{stage} {of:.1f}' for stage, of in hours.items())}; a step of "
-              f"stage 2: rollouts {sampling:.0f} s, reference {reference:.0f}, update {update:.0f}\n"
+        print(f"predicted hours: {', '.join(f'{stage} {of:.2g}' for stage, of in hours.items())}; a step of "
+              f"stage 2: rollouts {rolled:.0f} s, reference {reference:.0f}, update {update:.0f}\n"
               f"disk: {disk:.0f} GB")
-    print(f"\nAssumed: {MFU:.0%} of {CARDS[0].flops / 1e12:.0f} TFLOP/s, and decode steps of {DECODE} times what "
-          "reading weights and cache takes (both ratios measured on two cores of an AMD EPYC with avx512_bf16,\n"
-          f"nothing on a GPU); {SAMPLED} sampled tokens a rollout; in stage 2 conversations of full length, "
-          "which makes its updates an upper bound.\n\n"
+    print("\nThese are RCTP-FT + RC-GRPO; other arms: --arm sft, --reward_tokens high or none. Hours assume "
+          f"{MFU:.0%} of {CARDS[0].flops / 1e12:.0f} TFLOP/s,\nand decode steps of {DECODE} times what their "
+          "bytes take at the card's bandwidth: on the README's CPU both ratios are\nto matrix products; "
+          "nothing was measured on a GPU.\n\n"
           "| Qwen2.5-7B-Instruct | the paper: its own protocol, a split that leaks, n = 80 | ours: official "
           f"protocol, family split, n = {len(test)} |\n|---|---|---|")
     for arm, success in PAPER.items():
