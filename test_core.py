@@ -40,7 +40,6 @@ import bench
 import bfcl_env
 import eval_bfcl
 import exact
-import recipe
 import rl_rcgrpo
 import rollout as sampler
 import sft_rctp
@@ -1344,6 +1343,8 @@ def test_pipeline(pipeline):
     assert not any(torch.equal(p, untrained[name]) for name, p in states[0].items())  # all of it was trained
     # Random bytes make no progress: all groups are flat, and flat groups at KL 0 must teach exactly nothing.
     assert all(torch.equal(p, states[1][name]) for name, p in states[0].items())
+    [planned] = succeed(start("results/recipe.py"))
+    assert planned.count("planned peak 129 of 140 GiB") == 2  # 12 bytes a parameter, gradients and what moves
     if FULL:
         flags = f"{STAGE} {PAIR},multi_turn_base_46 --batch 6 --dtype bf16 --save_every 0 --out"
         [planned] = succeed(start(f"bench.py plan {flags} {out}/plan"))
@@ -1679,6 +1680,7 @@ def test_a_short_arm_in_the_small_world(ranks, monkeypatch, tmp_path):
     """A gold trajectory that fails, a corrupted one that passes, a budget that is exceeded, a finished run
     that is made again; and the table of two seeds."""
     assert world.HERE.with_suffix(".md").read_text().split("\n\n")[0] in (HERE / "README.md").read_text()
+    assert ablation.success_table() in (HERE / "README.md").read_text()  # by `python results/ablation.py`
     policy = load_policy(str(world.HERE / "base"), torch.float32, "cpu")
     parts = [world.make_tasks(part, 200) for part in ("train", "val", "held-out")]
     assert len({(*task.texts, *task.balances.values()) for tasks in parts for task in tasks}) == 600
@@ -1730,48 +1732,37 @@ def test_the_ablation_and_its_tables(success, reward, monkeypatch, tmp_path):
     """Arms under unequal flags, another reward than block 1 decides, a block on two machines, a lost row."""
     monkeypatch.setattr(ablation, "ROOT", tmp_path)
     monkeypatch.setattr(ablation, "HERE", tmp_path / "results/bfcl")
-    trained, line = [], json.dumps(dict.fromkeys(ablation.LOGGED, 0.5))
+    commands = []
 
     def command(script, *flags):  # writes what the command would
         words = " ".join(map(str, flags)).split()
         of = {name: words[words.index(name) + 1] for name in words if name.startswith("--")}
+        commands.append(of)
         folder, table = tmp_path / of["--out"], []
-        sft_rctp.write(folder / "metrics.jsonl", line)
-        if script == "rl_rcgrpo.py":
-            trained.append(of)
+        sft_rctp.write(folder / "metrics.jsonl", json.dumps(dict.fromkeys(ablation.LOGGED, 0.5)))
         for n, model in enumerate([word for word in words if word.endswith("/model")]):
             block, arm = model.split("/")[2:4]
-            row = {"arm": ablation.label(block[-1], arm), "ckpt": model, "sha256": model, "style": "",
-                   "model": "", "contract": {"rollouts": 9 * (n > 0), "minutes": 3}, "correct": {}}
-            for token in ablation.TOKENS:
-                right = int(200 * success * (n + 1))
-                some = [Trajectory(f"multi_turn_base_{i % 50}", token, [], [], [], i < right, "done",
-                                   {"error_type": "x"}) for i in range(200)]
-                row[token] = {"overall": eval_bfcl.figures(some)}
-                row["correct"][token] = sampler.mean_reward(some, lambda t: t.task)
-            table.append(row)
+            some = [Trajectory(f"multi_turn_base_{i % 50}", None, [], [], [], i < 200 * success * (n + 1), "",
+                               {"error_type": "x"}) for i in range(200)]
+            table.append({"arm": ablation.label(block[-1], arm), "sha256": model, "style": "", "model": "",
+                          "contract": {"rollouts": 9 * (n > 0), "minutes": 3},
+                          **dict.fromkeys(ablation.TOKENS, {"overall": eval_bfcl.figures(some)}),
+                          "correct": dict.fromkeys(ablation.TOKENS, {t.task: t.reward for t in some})})
             sft_rctp.write(folder / "config.json", {"same": dict.fromkeys(eval_bfcl.ALIKE, 1)})
             sft_rctp.write(folder / "eval.json", {"table": table, **table[0]["high"]})
     monkeypatch.setattr(ablation, "command", command)
     for number in "1234":
         ablation.run("cpu-bf16", number)
+    trained = [of for of in commands if "--init" in of]
     alike = {(of["--reward"], of["--steps"], of["--prompts"], of["--group"], of["--lr"]) for of in trained}
     assert alike == {(reward, "26", "2", "8", "3e-5")} and len(trained) == 8 - (reward == "progress")
-    page = ablation.HERE.with_suffix(".md")
-    for path in (page, tmp_path / "README.md"):
-        sft_rctp.write(path, f"plan\n{ablation.BEGIN}old{ablation.END}end")
+    for page in (tmp_path / "README.md", tmp_path / "results/bfcl.md"):
+        sft_rctp.write(page, f"plan\n{ablation.BEGIN}old{ablation.END}end")
     ablation.report()
-    assert re.fullmatch(f"plan\n{ablation.BEGIN}[^o].*{ablation.END}end", page.read_text(), re.DOTALL)
-    assert f"1 | RCTP-FT + RC-GRPO | {300 * success:.1f} [" in path.read_text()
-    assert path.read_text().count("not run") == 2 + (reward == "progress")  # other sizes; and `signed`
-    assert page.read_text().count("**primary**") == 3  # of seeds 0 and 1, and of both
+    [text] = re.findall(f"plan\n{ablation.BEGIN}([^o].*){ablation.END}end", page.read_text(), re.DOTALL)
+    assert f"1 | RCTP-FT + RC-GRPO | {300 * success:.1f} [" in text
+    assert text.count("not run") == 2 + (reward == "progress")  # the other sizes; `signed`, which cannot
+    assert text.count("**primary**") == 3  # of seeds 0 and 1, and of both
     sft_rctp.write(tmp_path / "runs/ablation/cpu-bf16-1/begun.json", {"machine": "another one"})
     with pytest.raises(SystemExit, match="another one"):
         ablation.run("cpu-bf16", "1")
-
-
-def test_the_committed_tables_and_the_plan_for_7b(capsys):
-    for page in (HERE / "README.md", ablation.HERE.with_suffix(".md")):
-        assert ablation.success_table() in page.read_text()  # `python results/ablation.py` writes it
-    recipe.main()
-    assert capsys.readouterr().out.count("planned peak 129 of 140 GiB") == 2
