@@ -293,12 +293,12 @@ def difference_table(kind) -> str:
 
 
 def seed_table(kind) -> str:
-    """The arms of block 1 over its seeds, families and seeds drawn."""
+    """The arms of block 1 over its seeds, if there are several; the interval draws families and seeds."""
     seeds = sorted({number for number, *_ in finished(kind) if BLOCKS[number].arms == HIGH})
     lines = []
     for part, title in PARTS.items():
         lines += [[title, arm["arm"], arm["token"], arm["seeds"], eval_bfcl.percent(arm).strip()]
-                  for arm in compared(kind, seeds, part)["table"]]
+                  for arm in compared(kind, seeds, part)["table"] if len(seeds) > 1]
     return markdown(["tasks", "arm", "token", "seeds", "success %, 95 %"], lines)
 
 
@@ -308,7 +308,8 @@ def picture(kind, path):
     import matplotlib.pyplot as plt
     arms = list(finished(kind))
     figure, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
-    color = plt.get_cmap("tab20")
+    dark_and_light = plt.get_cmap("tab20").colors
+    colors = dark_and_light[::2] + dark_and_light[1::2]
     names = {"rc/reward_high": f"{arms[0][4]['reward']} under the high token", "rc/mode_gap": "mode gap"}
     for ax, (name, title) in zip(axes, names.items()):
         for n, (number, arm, _, log, _) in enumerate(arms):
@@ -316,15 +317,15 @@ def picture(kind, path):
             if points:
                 steps, values = zip(*points)
                 smooth = [mean(values[max(0, i - 4):i + 1]) for i in range(len(values))]
-                ax.plot(steps, values, color=color(n), alpha=0.25)
-                ax.plot(steps, smooth, color=color(n))
+                ax.plot(steps, values, color=colors[n], alpha=0.25)
+                ax.plot(steps, smooth, color=colors[n])
         ax.set(xlabel="step (bold: mean of five)", title=title)
     for ax, (part, title) in zip(axes[2:], PARTS.items()):
         for n, (number, arm, parts, _, _) in enumerate(arms):
             for y, token in enumerate(TOKENS):
                 f = parts[part][token]["overall"]
                 place = n + 0.27 * (y - 1)
-                ax.barh(place, f["accuracy"], 0.25, color=color(n), alpha=1 - 0.3 * y,
+                ax.barh(place, f["accuracy"], 0.25, color=colors[n], alpha=1 - 0.3 * y,
                         label=f"{number}: {label(number, arm)}" if y == 0 else None)
                 ax.plot(f["interval"], [place, place], color="black", linewidth=1)
         ax.set(title=f"success on {title} tasks", xlabel="from below: high, low, no token",
