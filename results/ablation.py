@@ -295,10 +295,12 @@ def difference_table(kind) -> str:
 def seed_table(kind) -> str:
     """The arms of block 1 over its seeds, if there are several; the interval draws families and seeds."""
     seeds = sorted({number for number, *_ in finished(kind) if BLOCKS[number].arms == HIGH})
+    if len(seeds) < 2:
+        return ""
     lines = []
     for part, title in PARTS.items():
         lines += [[title, arm["arm"], arm["token"], arm["seeds"], eval_bfcl.percent(arm).strip()]
-                  for arm in compared(kind, seeds, part)["table"] if len(seeds) > 1]
+                  for arm in compared(kind, seeds, part)["table"]]
     return markdown(["tasks", "arm", "token", "seeds", "success %, 95 %"], lines)
 
 
@@ -364,7 +366,8 @@ def report():
                   "Paired differences over the same tasks. The intervals hold the tasks' variance; of that "
                   "between training runs nothing (one seed) or little": difference_table}
         for title, table in tables.items():
-            text += [f"\n**{title}**\n", table(kind)]
+            if filled := table(kind):
+                text += [f"\n**{title}**\n", filled]
     put(HERE.with_suffix(".md"), "\n".join(text))
 
 
