@@ -198,27 +198,28 @@ def success_table() -> str:
     """Every arm of every size: its successes, or that it was not run."""
     lines = []
     for kind, size in SIZES.items():
-        done = list(finished(kind))
+        done = {(number, arm): (parts, block) for number, arm, parts, _, block in finished(kind)}
         late = f"not run: predicted {size.hours} hours on {size.where}"
         if not done:
-            lines.append([f"{kind} {', '.join(size.blocks)}", "all arms", late + ", a block"])
+            lines.append([f"{kind} {', '.join(size.blocks)}", "all arms", f"{late}, a block"])
             continue
+        progress = done["1", "stage1"][1]["reward"] == "progress"
         for number in size.blocks:
-            for arm in ("stage1", *BLOCKS[number].arms):
-                row = [f"{kind} {number}", label(number, arm)]
-                here = [one for one in done if one[:2] == (number, arm)]
-                if here:
-                    [(_, _, parts, _, _)] = here
-                    overall = [parts[part][token]["overall"] for part in PARTS for token in TOKENS]
-                    row += [eval_bfcl.percent(f).strip() for f in overall]
-                    contract = parts["test"]["contract"]
-                    row += [" + ".join(str(parts[part]["high"]["overall"]["n"]) for part in PARTS),
-                            contract["rollouts"], f"{contract['minutes']:.0f}"]
-                elif arm == "signed" and done[0][4]["reward"] == "progress":
-                    row.append("not run: it is for rewards of 0 and 1, and these arms learn from `progress`")
-                else:
-                    row.append(late + ", the block")
-                lines.append(row)
+            title, arms = f"{kind} {number}", ["stage1", *BLOCKS[number].arms]
+            if "signed" in arms and progress:
+                arms.remove("signed")
+                lines.append([title, label(number, "signed"),
+                              "not run: it is for rewards of 0 and 1, and these arms learn from `progress`"])
+            if (number, "stage1") not in done:
+                lines.append([title, "; ".join(label(number, arm) for arm in arms), late])
+                continue
+            for arm in arms:
+                parts, _ = done[number, arm]
+                overall = [parts[part][token]["overall"] for part in PARTS for token in TOKENS]
+                contract = parts["test"]["contract"]
+                lines.append([title, label(number, arm), *[eval_bfcl.percent(f).strip() for f in overall],
+                              " + ".join(str(parts[part]["high"]["overall"]["n"]) for part in PARTS),
+                              contract["rollouts"], f"{contract['minutes']:.0f}"])
     head = [f"{title}, {token}" for title in PARTS.values() for token in TOKENS]
     return markdown(["block", "arm", *head, "n a token", "rollouts", "minutes"], lines)
 
