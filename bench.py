@@ -383,8 +383,8 @@ def planned_packs(policy, args, stage2: bool) -> list:
 
 def bench_plan(flags: list[str]) -> dict:
     """Bytes a rank by part, their peak, and operations a step, of a run on this machine or on --ranks GPUs.
-    Activations are counted as autograd keeps them for a Llama layer: 16 bytes a hidden unit (the two norms, in
-    fp32), `width` bytes for the rest."""
+    Activations are counted as autograd keeps them for a Llama layer: 16 bytes a hidden unit (the two norms,
+    in fp32), `width` bytes for the rest."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--ranks", type=int, default=0)
     own, rest = parser.parse_known_args(flags)

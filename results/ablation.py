@@ -267,13 +267,17 @@ def compared(kind, blocks, part):
     return eval_bfcl.compared([HERE / f"{kind}-{number}/{part}" for number in blocks])[0]
 
 
+def seeds_of(kind) -> list[str]:
+    """Block 1 and its repetitions with other seeds, those that are done."""
+    return sorted({number for number, *_ in finished(kind) if BLOCKS[number].arms == HIGH})
+
+
 def difference_table(kind) -> str:
     """Of each block, whose arms have one stage 1; of the seeds of block 1 together; of blocks 3 and 4 against
     block 1. Under high, and high against low in an arm; SFT's, which never saw a token, without one too."""
-    arms = {}  # block -> its arms
+    arms, seeds = {}, seeds_of(kind)  # block -> its arms
     for number, arm, *_ in finished(kind):
         arms.setdefault(number, []).append(label(number, arm))
-    seeds = [number for number in arms if BLOCKS[number].arms == HIGH]
     groups = [[number] for number in arms] + [seeds] * (len(seeds) > 1)
     groups += [["1", number] for number in arms if number in "34"]
     lines = []
@@ -295,7 +299,7 @@ def difference_table(kind) -> str:
 
 def seed_table(kind) -> str:
     """The arms of block 1 over its seeds, if there are several; the interval draws families and seeds."""
-    seeds = sorted({number for number, *_ in finished(kind) if BLOCKS[number].arms == HIGH})
+    seeds = seeds_of(kind)
     if len(seeds) < 2:
         return ""
     lines = []
