@@ -215,10 +215,9 @@ def success_table() -> str:
                 continue
             for arm in arms:
                 parts, _ = done[number, arm]
-                found = [parts[part].get(token) for part in PARTS for token in TOKENS]
-                rates = [eval_bfcl.percent(f["overall"]).strip() if f else "" for f in found]
+                overall = [parts[part][token]["overall"] for part in PARTS for token in TOKENS]
                 contract = parts["test"]["contract"]
-                lines.append([title, label(number, arm), *rates,
+                lines.append([title, label(number, arm), *[eval_bfcl.percent(f).strip() for f in overall],
                               " + ".join(str(parts[part]["high"]["overall"]["n"]) for part in PARTS),
                               contract["rollouts"], f"{contract['minutes']:.0f}"])
     head = [f"{title}, {token}" for title in PARTS.values() for token in TOKENS]
@@ -255,7 +254,7 @@ def error_table(kind) -> str:
     """Of the evaluations: how rollouts fail, and whether the model still calls functions."""
     lines = []
     for number, arm, parts, _, _ in finished(kind):
-        for part, token in ((part, token) for part in PARTS for token in TOKENS if token in parts[part]):
+        for part, token in ((part, token) for part in PARTS for token in TOKENS):
             f = parts[part][token]["overall"]
             errors = ", ".join(f"{name} {count}" for name, count in f["errors"].items())
             lines.append([number, label(number, arm), f"{PARTS[part]}, {token}", f"{f['calls']:.1f}",
@@ -275,7 +274,7 @@ def seeds_of(kind) -> list[str]:
 
 def difference_table(kind) -> str:
     """Of each block, whose arms have one stage 1; of the seeds of block 1 together; of blocks 3 and 4 against
-    block 1. Under high; high against low in an arm of one block; SFT's, which saw none, without one too."""
+    block 1. Under high, and high against low in an arm; SFT's, which never saw a token, without one too."""
     arms, seeds = {}, seeds_of(kind)  # block -> its arms
     for number, arm, *_ in finished(kind):
         arms.setdefault(number, []).append(label(number, arm))
@@ -287,9 +286,7 @@ def difference_table(kind) -> str:
             for pair in compared(kind, blocks, part)["pairs"]:
                 (a, token), (b, other) = pair["a"], pair["b"]
                 across = len(blocks) == 1 or blocks == seeds or (a in arms["1"]) != (b in arms["1"])
-                # Not high against low over seeds: a block may have been evaluated under high alone.
-                wanted = (token == other == "high"
-                          or (a == b and {token, other} == {"high", "low"} and len(blocks) == 1)
+                wanted = (token == other == "high" or (a == b and {token, other} == {"high", "low"})
                           or (token == other == "none" and (a + b).startswith("SFT")))
                 if across and wanted:
                     primary = (pair["kind"], part) == ("primary", "test")
@@ -333,8 +330,6 @@ def picture(kind, path):
     for ax, (part, title) in zip(axes[2:], PARTS.items()):
         for n, (number, arm, parts, _, _) in enumerate(arms):
             for y, token in enumerate(TOKENS):
-                if token not in parts[part]:
-                    continue
                 f = parts[part][token]["overall"]
                 place = n + 0.27 * (y - 1)
                 ax.barh(place, f["accuracy"], 0.25, color=colors[n], alpha=1 - 0.3 * y,
