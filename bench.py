@@ -388,6 +388,8 @@ def bench_plan(flags: list[str]) -> dict:
     parser = argparse.ArgumentParser()
     parser.add_argument("--ranks", type=int, default=0)
     own, rest = parser.parse_known_args(flags)
+    if own.ranks:  # GPUs
+        rest = ["--tokens_per_microbatch", str(S.MICROBATCH["cuda"]), *rest]
     stage2, ranks = any(flag.startswith("--init") for flag in rest), own.ranks or 1
     args = (rl_rcgrpo if stage2 else S).parse_args(rest)
     policy = R.load_policy(args.init if stage2 else args.model, torch.float32, "meta", weights=False,
@@ -398,6 +400,7 @@ def bench_plan(flags: list[str]) -> dict:
     width = R.compute_dtype(args.dtype, device).itemsize
     N, L, V = sum(p.numel() for p in policy.model.parameters()), config.num_hidden_layers, config.vocab_size
     layer = sum(p.numel() for p in layers[0].parameters())
+    root = N - L * layer  # embedding, last norm and head
     HD, KD = (n * R.head_dim(config) for n in (config.num_attention_heads, config.num_key_value_heads))
     # of a token and layer
     kept = 16 * config.hidden_size + width * (4 * config.intermediate_size + 2 * (HD + KD))
@@ -415,7 +418,8 @@ def bench_plan(flags: list[str]) -> dict:
     wide = 4 * V * hidden * (width == 2 and not cuda)  # the head in fp32, see `head_of`
     held = {"masters (fp32)": 4 * N / ranks, "AdamW moments": 8 * N / ranks}
     update = {"gradients": 4 * N / ranks,
-              "gathered weights": width * (2 * layer + N - L * layer) + 4 * (N - L * layer),
+              # and the root's gradients in fp32, before and after they are reduced
+              "gathered weights": width * (2 * layer + root) + 4 * root * (1 + 1 / ranks),
               "head on loss positions": 2 * wide + width * V * hidden * cuda + 20 * V * rows,
               "activations": max(activations(layout) for layout, _ in packs)}
     acting, one = {}, 2 * width * L * KD * min(args.max_len, policy.max_len) / 2**30  # GiB of a conversation

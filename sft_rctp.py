@@ -57,6 +57,7 @@ from rollout import (CONTRACT, Contract, Pack, Trajectory, check_model, checksum
 # Two transcriptions of the paper's hyper-parameters.
 PRESETS = {"appendix": dict(lr=1e-5, batch=16, epochs=5), "notes": dict(lr=5e-5, batch=32, epochs=3)}
 TOKENS = {"rctp": ["high", "low", None], "mixed": [None], "sft": [None]}  # what an arm's prompts carry
+MICROBATCH = {"cpu": 8192, "cuda": 16384}  # tokens a forward, by default
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 MAX_GRAD_NORM = 1.0  # larger gradients are scaled down to it
 # Flags that change no weight, and names of what is compared by its content.
@@ -114,14 +115,32 @@ def start_ranks() -> Ranks:
     options = {}  # from torchrun, by environment variables
     if "RANK" not in os.environ:  # plain `python`
         options = dict(store=dist.HashStore(), rank=0, world_size=1)
-    device, backend = torch.device("cpu"), "gloo"
-    if torch.cuda.is_available():
-        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "cpu:gloo,cuda:nccl"
+    device, backend = local_device(), "gloo"
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-        options["device_id"] = device
+        # NCCL begins with its first collective, after the check below: itself it would not say what to type.
+        backend = "cpu:gloo,cuda:nccl"
     # Ranks end their rollouts at different times: hours, not the default 10 minutes, may lie between them.
     dist.init_process_group(backend, timeout=datetime.timedelta(days=7), **options)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), device)
+    if device.type == "cuda":
+        gpus = ranks.gather([str(torch.cuda.get_device_properties(device).uuid)])
+        if len(set(gpus)) < len(gpus):
+            raise BfclError(f"{len(gpus)} ranks share {len(set(gpus))} GPUs: start one rank per GPU, with "
+                            "--nproc_per_node of torchrun")
+    return ranks
+
+
+def local_device():
+    """This rank's GPU, or the CPU. Errors: BfclError if there is none with the number of LOCAL_RANK."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if count == 1 and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        index = 0  # the launcher shows every rank one GPU, its own
+    if index >= count:
+        raise BfclError(f"LOCAL_RANK is {index}, but {count} GPUs are visible: give --nproc_per_node {count}")
+    return torch.device("cuda", index)
 
 
 def clock(device):
@@ -165,6 +184,7 @@ def learner(policy, args, dtype, ranks):
 def copy_weights(target, model, kept=None):
     """Fill the whole model `target`, one parameter at a time, from the sharded `model`, or from the shards of
     it that `keep_weights` has put aside."""
+    torch.cuda.empty_cache()  # blocks of an update, into which no whole parameter fits
     for p, (name, shard) in zip(target.parameters(), model.named_parameters(), strict=True):
         if kept:
             shard = torch.empty_like(shard, dtype=p.dtype)
@@ -176,12 +196,16 @@ def copy_weights(target, model, kept=None):
 
 
 def keep_weights(model, dtype):
-    """This rank's shards in host memory, from where a GPU fetches them quickly. (torch rounds the size of
-    pinned blocks up to powers of two.)"""
-    kept = {}
-    for name, p in model.named_parameters():
-        shard = p.detach().to_local()
-        kept[name] = torch.empty(shard.shape, dtype=dtype, pin_memory=shard.is_cuda).copy_(shard)
+    """This rank's shards in host memory: views of one flat buffer. Where a GPU is, its pages are pinned, so
+    that the GPU fetches them quickly; torch's own pinned blocks would be rounded up to powers of two."""
+    shards = {name: p.detach().to_local() for name, p in model.named_parameters()}
+    flat = torch.empty(sum(shard.numel() for shard in shards.values()), dtype=dtype)  # [weights of a rank]
+    if any(shard.is_cuda for shard in shards.values()):
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.nbytes, 0))
+    kept, end = {}, 0
+    for name, shard in shards.items():
+        start, end = end, end + shard.numel()
+        kept[name] = flat[start:end].view(shard.shape).copy_(shard)
     return kept
 
 
@@ -732,8 +756,9 @@ def add_training_flags(parser: argparse.ArgumentParser, out):
     add = parser.add_argument_group("training").add_argument
     add("--out", default=out, help="folder of the run; the one that it holds goes on (default: %(default)s)")
     add("--lr", type=number(float, 0, 1), help="peak learning rate (default: %(default)s)")
-    add("--tokens_per_microbatch", default=8192, type=number(int, 64),
-        help="tokens a forward (default: %(default)s)")
+    add("--tokens_per_microbatch", type=number(int, 64),
+        default=MICROBATCH["cuda" if torch.cuda.is_available() else "cpu"],
+        help="tokens a forward (default: 8192; on CUDA 16384)")
     add("--gradient_checkpointing", default="auto", choices=("auto", "on", "off"),
         help="keep no activations, compute layers twice; auto: above a billion parameters "
         "(default: %(default)s)")
