@@ -65,7 +65,7 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 DATE = "26 Jul 2024"  # today, for templates that print it: the benchmark's Llama handler writes this day
 CONTRACT = "rcgrpo.json"  # lies beside the weights that a stage wrote, see `Contract`
 CHUNK = 16_384  # tokens of one prefill forward, over all its conversations: bounds its memory
-TOLERANCE = 3  # times what rounding does to log-probs; right layouts reach 1.1 times that
+TOLERANCE = 2  # times what rounding does to log-probs: right layouts reach 1.5 times that
 BURST = {"cpu": 1, "cuda": 8}  # decode steps between two looks of the host at what was drawn
 
 
@@ -91,7 +91,7 @@ def scores(a, b, scale):
     """a [n, R, D], b [n, D, C] -> scale * a @ b [n, R, C] in fp32, as the kernels of `attention` keep it. The
     keys of Qwen2.5 have offsets of several hundred: there a step of bf16 is as large as what tells keys apart
     (transformers#33317)."""
-    if a.is_cuda and a.dtype == torch.bfloat16:
+    if a.dtype == torch.bfloat16 and not a.is_cpu:
         return torch.bmm(a, b, out_dtype=torch.float32).mul_(scale)
     return torch.bmm(a.float(), b.float()).mul_(scale)
 
@@ -1139,10 +1139,10 @@ def check_layouts(policy, ids, plain, rounding):
             "decode step": (decoded - plain[-1:])[:, ~banned],
             "packed path": packed - expected}
     gaps = {path: gap.abs().max().item() for path, gap in gaps.items()}
-    # Two of torch's kernels on this model, and fp32's rounding of a log-prob: where its sums agree by chance,
-    # 0 would be asked for.
-    steps = torch.finfo(torch.float32).eps * plain[:, ~banned].abs().max().item()
-    limit = TOLERANCE * (rounding + steps)
+    # Both of torch's kernels may be one and the same, as in fp32 on CUDA: a small share of how far log-probs
+    # differ at all is always allowed. A forgotten scale is off by more than that spread.
+    least = (1e-3 if model.dtype == torch.float32 else 0.02) * plain[:, ~banned].std().item()
+    limit = max(TOLERANCE * rounding, least)
     for path, gap in gaps.items():
         if not gap <= limit:  # or it is NaN
             raise ValueError(f"the log-probs of its {path} are off by {gap:.2g}, where rounding explains "

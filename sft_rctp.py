@@ -109,7 +109,8 @@ class Ranks:
 
 
 def start_ranks() -> Ranks:
-    """Errors: BfclError if a launcher other than torchrun left out which GPU is this rank's."""
+    """Errors: BfclError if a launcher other than torchrun left out which GPU is this rank's, or if ranks share
+    a GPU."""
     if ("RANK" in os.environ) != ("LOCAL_RANK" in os.environ):
         raise BfclError("only one of RANK and LOCAL_RANK is set: start the ranks with torchrun, or set both")
     options = {}  # from torchrun, by environment variables
@@ -118,7 +119,7 @@ def start_ranks() -> Ranks:
     device, backend = local_device(), "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # NCCL begins with its first collective, after the check below: itself it would not say what to type.
+        # Without device_id NCCL starts at its first collective, after the check below, which says what to type.
         backend = "cpu:gloo,cuda:nccl"
     # Ranks end their rollouts at different times: hours, not the default 10 minutes, may lie between them.
     dist.init_process_group(backend, timeout=datetime.timedelta(days=7), **options)
@@ -139,7 +140,8 @@ def local_device():
     if count == 1 and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
         index = 0  # the launcher shows every rank one GPU, its own
     if index >= count:
-        raise BfclError(f"LOCAL_RANK is {index}, but {count} GPUs are visible: give --nproc_per_node {count}")
+        raise BfclError(f"LOCAL_RANK is {index}, but {count} GPUs are visible: give --nproc_per_node {count}, or "
+                        "where each rank sees its own GPU alone, set LOCAL_WORLD_SIZE")
     return torch.device("cuda", index)
 
 
@@ -197,7 +199,8 @@ def copy_weights(target, model, kept=None):
 
 def keep_weights(model, dtype):
     """This rank's shards in host memory: views of one flat buffer. Where a GPU is, its pages are pinned, so
-    that the GPU fetches them quickly; torch's own pinned blocks would be rounded up to powers of two."""
+    that the GPU fetches them quickly; torch's own pinned blocks would be rounded up to powers of two. They
+    stay pinned as long as the process lives."""
     shards = {name: p.detach().to_local() for name, p in model.named_parameters()}
     flat = torch.empty(sum(shard.numel() for shard in shards.values()), dtype=dtype)  # [weights of a rank]
     if any(shard.is_cuda for shard in shards.values()):

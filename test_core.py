@@ -365,13 +365,34 @@ def test_large_keys_are_served_in_bf16(monkeypatch):
         gaps = large_keys(torch.bfloat16, bias).gaps
         assert max(gaps.values()) < 0.2 and gaps["decode step"] < 1.5 * gaps["prefill"], gaps
 
+    keys = torch.empty(6, 5, 4, dtype=torch.bfloat16, device="meta")  # the path of a GPU, without one
+    assert sampler.scores(keys, keys.transpose(1, 2), 1.0).dtype == torch.float32
+
     monkeypatch.setattr(sampler, "scores", rounded)
-    pytest.raises(BfclError, large_keys, torch.bfloat16, 1.0).match("decode step are off by 1")
+    pytest.raises(BfclError, large_keys, torch.bfloat16, 1.0).match("decode step are off by")
+
+
+def test_one_kernel_for_both_forwards(monkeypatch):
+    """On CUDA grouped heads in fp32 have the math kernel alone: it does not differ from itself, and a check
+    that asks for no difference refuses every model."""
+    with sampler.sdpa_kernel(sampler.SDPBackend.MATH):
+        assert max(load_policy(DEFAULT_MODEL, torch.float32).gaps.values()) < 1e-3
+
+
+def test_a_decode_step_that_misses_a_key_is_refused(monkeypatch):
+    """A tolerance so wide that one of a row's own keys may be hidden from the others."""
+    def blind(layout, *rest):
+        layout.behind = torch.arange(layout.behind.shape[-1]) == 3
+        return attend(layout, *rest)
+    attend = sampler.Decode.attend
+    monkeypatch.setattr(sampler.Decode, "attend", blind)
+
+    pytest.raises(BfclError, load_policy, DEFAULT_MODEL, torch.bfloat16).match("decode step are off by")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_forgotten_scale_is_refused(monkeypatch, dtype):
-    """A tolerance for bf16 so wide that logits without the model's own scale pass."""
+    """A tolerance for bf16 must not be so wide that logits without the model's own scale pass."""
     def without_scale(model, ids, positions, layout):
         return hidden_states(model, ids, positions, layout) * model.config.logits_scaling
     hidden_states = sampler.hidden_states
