@@ -10,7 +10,7 @@ TORCHRUN := $(VENV)/bin/torchrun --standalone --shutdown_timeout 3600
 # The three shortest tasks (two to five calls each), learned by heart by `make demo`.
 SEED ?= 0
 B := multi_turn_base
-DEMO := --docs signature --tasks $(B)_50,$(B)_46,$(B)_38 --max_turn_tokens 48 --max_len 1024 --seed $(SEED)
+DEMO := --tool_docs signature --tasks $(B)_50,$(B)_46,$(B)_38 --max_new_tokens 48 --max_len 1024 --seed $(SEED)
 
 .PHONY: demo test test-full bench results ablation recipe-7b clean
 
@@ -23,8 +23,8 @@ $(VENV)/installed: requirements.txt
 demo: $(VENV)/installed
 	@$(RUN) bench.py demo
 	rm -rf runs/demo
-	$(TORCHRUN) sft_rctp.py $(DEMO) --out runs/demo/sft --epochs 12 --batch 2 --no_token 0 --eval_every 0
-	$(TORCHRUN) rl_rcgrpo.py $(DEMO) --init runs/demo/sft/model --out runs/demo/rl --steps 1 --prompts 2 --group 4 --eval_every 0
+	$(TORCHRUN) sft_rctp.py $(DEMO) --out runs/demo/sft --epochs 12 --batch_size 2 --reward_token_dropout 0 --eval_every 0
+	$(TORCHRUN) rl_rcgrpo.py $(DEMO) --model runs/demo/sft/model --out runs/demo/rl --steps 1 --prompts_per_step 2 --group_size 4 --eval_every 0
 	$(RUN) eval_bfcl.py $(DEMO) --ckpt runs/demo/sft/model runs/demo/rl/model --reward_tokens high,low --samples 11 \
 		--out runs/demo/eval
 

@@ -5,8 +5,8 @@
     python bench.py train      # seconds and memory of a training step, against plain Hugging Face code
     python bench.py step       # one step of stage 2, by phases
     python bench.py demo       # the minutes that `make demo` will take here
-    python bench.py plan --model DIR --ranks 8 --docs full      # what a run of stage 1 takes;
-    python bench.py plan --init DIR --ranks 8                   # of stage 2; other flags as for the stage
+    python bench.py plan --model DIR --ranks 8 --tool_docs full      # what a run of stage 1 takes;
+    python bench.py plan --model DIR --ranks 8                   # of stage 2; other flags as for the stage
 """
 import argparse
 import contextlib
@@ -72,7 +72,7 @@ def bench_env() -> dict:
     and the verdict."""
     tasks, ours, official, live, agree = bfcl_env.load_tasks(), [], [], [], []
     for task in tasks:
-        task.replay
+        task.gold_replay
     for seed in range(8):
         for task in tasks:
             turns = mutated(task, seed)
@@ -109,12 +109,12 @@ class FixedWorld:
         self.id, self.task, self.said = task.id, task, 0
 
     def messages(self):
-        return bfcl_env.BfclEnv(self.task, docs="slim").messages()
+        return bfcl_env.BfclEnv(self.task, tool_docs="slim").messages()
 
     def step(self, text):
         self.said += 1
         done = self.said == MESSAGES
-        return bfcl_env.Step([RESULT], None, done, "done" if done else None)
+        return bfcl_env.StepResult([RESULT], None, done, "done" if done else None)
 
     def verdict(self):
         return bfcl_env.judge(self.task, [])
@@ -125,16 +125,16 @@ def fixed_length(draw, chat):
     drawn = itertools.count(1)
 
     def fixed(logits, uniform, greedy=False):
-        logits[:, [chat.stop_id, *chat.header_ids]] = float("-inf")
-        ids, logps = draw(logits, uniform, greedy)
-        return (ids.fill_(chat.stop_id) if next(drawn) % TOKENS == 0 else ids), logps
+        logits[:, [chat.stop_id, *chat.forbidden_ids]] = float("-inf")
+        ids, logprobs = draw(logits, uniform, greedy)
+        return (ids.fill_(chat.stop_id) if next(drawn) % TOKENS == 0 else ids), logprobs
     return fixed
 
 
 def longest_like(chat, tokens: int):
     """The base task whose opening with slim docs is nearest to so many tokens."""
     return min(bfcl_env.load_tasks(["multi_turn_base"])[::10],
-               key=lambda task: abs(len(chat.opening(FixedWorld(task).messages(), "high")) - tokens))
+               key=lambda task: abs(len(chat.render_prompt(FixedWorld(task).messages(), "high")) - tokens))
 
 
 def bare_products(policy, rows: int, prefix: int, own: int) -> float:
@@ -145,7 +145,7 @@ def bare_products(policy, rows: int, prefix: int, own: int) -> float:
 
     def new(*shape):
         return torch.randn(*shape, device=device).to(dtype)
-    head, last = R.head_of(policy.model), new(rows, config.hidden_size)
+    head, last = R.lm_head_weight(policy.model), new(rows, config.hidden_size)
     q, weights = new(K, rows * H // K, D), new(K, rows * H // K, prefix)
     q_own, weights_own = new(rows, K, H // K, D), new(rows, K, H // K, own)
     shared, mine = new(L, 2, K, prefix, D), new(L, 2, rows, K, own, D)
@@ -155,14 +155,14 @@ def bare_products(policy, rows: int, prefix: int, own: int) -> float:
     times = []
     with torch.inference_mode():
         for _ in range(12):
-            start = S.clock(device)
+            start = S.synced_time(device)
             for layer in range(L):
                 for w in linears[layer]:
                     inputs[w.shape[1]] @ w.T
                 q @ shared[layer, 0].transpose(1, 2), weights @ shared[layer, 1]
                 mine[layer, 0] @ q_own.transpose(2, 3), weights_own @ mine[layer, 1]
             R.masked_logits(last, head, policy.banned)
-            times.append(S.clock(device) - start)
+            times.append(S.synced_time(device) - start)
     return statistics.median(times)
 
 
@@ -175,13 +175,13 @@ def bench_sampler(G: int = 8) -> dict:
     policy = R.load_policy(R.DEFAULT_MODEL)
     chat = policy.chat
     task = longest_like(chat, 2400)
-    prompt, result = chat.opening(FixedWorld(task).messages(), "high"), chat.following(
+    prompt, result = chat.render_prompt(FixedWorld(task).messages(), "high"), chat.render_env_reply(
         [{"role": "tool", "content": RESULT}])
 
-    draw, forward, kv, steps = R.draw, R.Sampler.forward, [], []
+    draw, forward, kv, steps = R.sample_token, R.Sampler.forward, [], []
 
     def watched(sampler):
-        kv.append(sampler.own.nbytes + sum(prefix.kv.nbytes for prefix in sampler.held))
+        kv.append(sampler.row_kv.nbytes + sum(prefix.kv.nbytes for prefix in sampler.cached_prefixes))
         start = time.perf_counter()
         said = forward(sampler)  # ends with a copy to the host
         steps.append((time.perf_counter() - start) / len(said))
@@ -192,14 +192,14 @@ def bench_sampler(G: int = 8) -> dict:
         kv.clear(), steps.clear()
         start = time.perf_counter()
         out = R.rollout(policy, [FixedWorld(task) for _ in range(G)], ["high"] * G,
-                        max_turn_tokens=TOKENS + 1, max_len=4096)
-        assert all(sum(t.mask) == MESSAGES * TOKENS for t in out)
+                        max_new_tokens=TOKENS + 1, max_len=4096)
+        assert all(sum(t.loss_mask) == MESSAGES * TOKENS for t in out)
         return time.perf_counter() - start
-    R.draw = fixed_length(draw, chat)
+    R.sample_token = fixed_length(draw, chat)
     seconds = {g: ours(g) for g in (1, 4, 16)}
     own = ours(G)
     decode = statistics.median(steps)
-    R.draw = draw
+    R.sample_token = draw
 
     model = AutoModelForCausalLM.from_pretrained(R.smollm2_dir(), dtype=policy.model.dtype,
                                                  attn_implementation="sdpa").to(policy.device)
@@ -208,14 +208,14 @@ def bench_sampler(G: int = 8) -> dict:
         # without the reward token, which this model has no row for
         ids = torch.tensor([[min(i, model.config.vocab_size - 1) for i in prompt]] * G, device=policy.device)
         cache = DynamicCache(config=model.config)
-        start = S.clock(policy.device)
+        start = S.synced_time(policy.device)
         with torch.inference_mode():
             for message in range(MESSAGES):
                 ids = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, pad_token_id=0,
                                      max_new_tokens=TOKENS, min_new_tokens=TOKENS,
                                      **({"past_key_values": cache} if keep else {}))  # [G, tokens so far]
                 ids = torch.cat([ids, torch.tensor([result] * G, device=policy.device)], 1)
-        return S.clock(policy.device) - start
+        return S.synced_time(policy.device) - start
     kept, again = generate(True), generate(False)
     tail = MESSAGES // 2 * (TOKENS + len(result))  # own tokens half-way
     return {"prompt_tokens": len(prompt), "result_tokens": len(result), "G": G, "seconds": own,
@@ -298,7 +298,7 @@ def bench_train() -> dict:
         (-S.token_logprobs(policy.model, p, policy.banned).sum()).backward()
 
     def theirs(plain, rows):
-        ids, mask = torch.tensor([[t.ids, t.mask] for t in rows], device=plain.device).unbind(1)  # [B, T]
+        ids, mask = torch.tensor([[t.ids, t.loss_mask] for t in rows], device=plain.device).unbind(1)  # [B, T]
         labels = ids.masked_fill(mask == 0, -100)  # [B, T]
         logits = plain(input_ids=ids, use_cache=False).logits.float()  # [B, T, V]
         torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(),
@@ -308,9 +308,9 @@ def bench_train() -> dict:
     device = policy.device
 
     def seconds(work):
-        start = S.clock(device)
+        start = S.synced_time(device)
         work()
-        return S.clock(device) - start
+        return S.synced_time(device) - start
 
     policy.banned[:] = False  # the plain path knows no banned ids
     rows = group_of(512, 4, 64, 64)
@@ -328,7 +328,7 @@ def bench_train() -> dict:
     rows = group_of(2400, 8, 400, 250)
     mine = min(seconds(lambda: ours(policy, rows)) for _ in range(2))
     rate = matmul_rate(dtype, device, times=2)
-    layouts, loss_tokens = [p.layout for p in S.pack(rows, 10**6)], sum(sum(t.mask) for t in rows)
+    layouts, loss_tokens = [p.layout for p in S.pack(rows, 10**6)], sum(sum(t.loss_mask) for t in rows)
     operations = flops(policy.model, layouts, loss_tokens)
     one_by_one = seconds(lambda: [theirs(plain, [t]) for t in rows])
     return {"seconds": mine, "plain_seconds": one_by_one, "speedup": one_by_one / mine,
@@ -338,20 +338,20 @@ def bench_train() -> dict:
 
 def bench_step() -> dict:
     """One step of rl_rcgrpo.py itself, by phases: one task, G rollouts of six messages of 64 tokens."""
-    policy, draw, lines = R.load_policy(R.DEFAULT_MODEL), R.draw, {}
+    policy, draw, lines = R.load_policy(R.DEFAULT_MODEL), R.sample_token, {}
     task = longest_like(policy.chat, 2400)
-    bfcl_env.env_maker = lambda args, style: lambda task: FixedWorld(task)
+    bfcl_env.make_env_fn = lambda args, call_format: lambda task: FixedWorld(task)
     with tempfile.TemporaryDirectory() as folder:
         policy.model.save_pretrained(f"{folder}/model")
         policy.tokenizer.save_pretrained(f"{folder}/model")
-        with open(f"{folder}/model/{R.CONTRACT}", "w") as f:
-            json.dump({"stage": "rctp", "docs": "slim", "style": "python", "protocol": "official",
-                       "tokens": ["high", "low"], "reward_ids": policy.reward_ids,
+        with open(f"{folder}/model/{R.STAGE_INFO}", "w") as f:
+            json.dump({"stage": "rctp", "tool_docs": "slim", "call_format": "python", "protocol": "official",
+                       "stage1_reward_tokens": ["high", "low"], "reward_ids": policy.reward_ids,
                        "template_sha256": policy.chat.fingerprint}, f)
         for G in (4, 8, 16):
-            R.draw = fixed_length(draw, policy.chat)
-            sys.argv = ["rl_rcgrpo.py", *f"--init {folder}/model --out {folder}/{G} --tasks {task.id} "
-                        f"--docs slim --steps 1 --prompts 1 --group {G} --max_turn_tokens {TOKENS + 1} "
+            R.sample_token = fixed_length(draw, policy.chat)
+            sys.argv = ["rl_rcgrpo.py", *f"--model {folder}/model --out {folder}/{G} --tasks {task.id} "
+                        f"--tool_docs slim --steps 1 --prompts_per_step 1 --group_size {G} --max_new_tokens {TOKENS + 1} "
                         f"--max_len 4096 --tokens_per_microbatch 16384 --save_every 0 --eval_every 0".split()]
             rl_rcgrpo.main()
             with open(f"{folder}/{G}/metrics.jsonl") as f:
@@ -365,20 +365,20 @@ def bench_step() -> dict:
 
 def planned_packs(policy, args, stage2: bool) -> list:
     """(layout, loss tokens) of one step's packs: of a batch of stage 1; of groups at their longest."""
-    make_env = bfcl_env.env_maker(args, policy.style(args.style))
+    make_env = bfcl_env.make_env_fn(args, policy.call_format(args.call_format))
     tasks = bfcl_env.select_tasks(args)
     if not stage2:
-        some = tasks[::math.ceil(len(tasks) / max(32, args.batch // 2))]  # whose lengths stand for all
+        some = tasks[::math.ceil(len(tasks) / max(32, args.batch_size // 2))]  # whose lengths stand for all
         pairs, _ = S.stage1_data(policy, some, make_env, args)
-        batch = [t for pair in pairs for t in pair][:args.batch]
-        return [(p.layout, len(p.target)) for p in S.pack(batch, args.tokens_per_microbatch)]
-    some = R.fitting(policy, tasks[::math.ceil(len(tasks) / 32)], make_env, args.max_len)
-    P = max(len(policy.chat.opening(make_env(task).messages(), "high")) for task in some)
+        batch = [t for pair in pairs for t in pair][:args.batch_size]
+        return [(p.layout, len(p.targets)) for p in S.pack(batch, args.tokens_per_microbatch)]
+    some = R.filter_overlong(policy, tasks[::math.ceil(len(tasks) / 32)], make_env, args.max_len)
+    P = max(len(policy.chat.render_prompt(make_env(task).messages(), "high")) for task in some)
     own = min(args.max_len, policy.max_len) - P  # sampled tokens and results
-    size = max(1, min(args.group, (args.tokens_per_microbatch - P) // own))  # branches of a pack
-    counts = [size] * (args.group // size) + [args.group % size] * (args.group % size > 0)
+    size = max(1, min(args.group_size, (args.tokens_per_microbatch - P) // own))  # branches of a pack
+    counts = [size] * (args.group_size // size) + [args.group_size % size] * (args.group_size % size > 0)
     return [(R.Packed(P, [(P + i * own, P + (i + 1) * own) for i in range(n)]),
-             n * min(own, args.max_total_tokens)) for n in counts] * args.prompts
+             n * min(own, args.max_sampled_tokens)) for n in counts] * args.prompts_per_step
 
 
 def bench_plan(flags: list[str]) -> dict:
@@ -390,9 +390,9 @@ def bench_plan(flags: list[str]) -> dict:
     own, rest = parser.parse_known_args(flags)
     if own.ranks:  # GPUs
         rest = ["--tokens_per_microbatch", str(S.MICROBATCH["cuda"]), *rest]
-    stage2, ranks = any(flag.startswith("--init") for flag in rest), own.ranks or 1
+    stage2, ranks = any(flag.startswith("--model") for flag in rest), own.ranks or 1
     args = (rl_rcgrpo if stage2 else S).parse_args(rest)
-    policy = R.load_policy(args.init if stage2 else args.model, torch.float32, "meta", weights=False,
+    policy = R.load_policy(args.model if stage2 else args.model, torch.float32, "meta", weights=False,
                            thinking=args.thinking)
     packs = planned_packs(policy, args, stage2)
     config, layers = policy.model.config, policy.model.model.layers
@@ -411,11 +411,11 @@ def bench_plan(flags: list[str]) -> dict:
         tokens = layout.spans[-1][1] if layout.spans else layout.prefix
         # [prefix | branch] of each branch
         copies = 2 * width * KD * (len(layout.spans) * layout.prefix + tokens - layout.prefix)
-        if S.checkpointed(policy.model, args.gradient_checkpointing):
+        if S.use_gradient_checkpointing(policy.model, args.gradient_checkpointing):
             return L * width * config.hidden_size * tokens + kept * tokens + copies
         return L * (kept * tokens + copies)
     rows, cuda, hidden = min(512, max(n for _, n in packs)), device.type == "cuda", config.hidden_size
-    wide = 4 * V * hidden * (width == 2 and not cuda)  # the head in fp32, see `head_of`
+    wide = 4 * V * hidden * (width == 2 and not cuda)  # the head in fp32, see `lm_head_weight`
     held = {"masters (fp32)": 4 * N / ranks, "AdamW moments": 8 * N / ranks}
     update = {"gradients": 4 * N / ranks,
               # and the root's gradients in fp32, before and after they are reduced

@@ -25,7 +25,6 @@ import copy
 import dataclasses
 import decimal
 import functools
-import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
@@ -45,9 +44,9 @@ from pathlib import Path
 
 VERSION = "2026.3.23"  # of bfcl-eval
 CATEGORIES = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
-DOCS = ("full", "slim", "signature")
+TOOL_DOCS = ("full", "slim", "signature")
 PROTOCOLS = ("official", "paper")
-SPLITS = ("family", "paper")
+SPLIT_BY = ("family", "paper")
 REWARDS = ("official", "paper", "progress")
 
 MAX_STEPS = 21  # executed steps a turn (the official limit is 20, compared after counting)
@@ -64,6 +63,14 @@ MAX_INT = 10**4300  # Python refuses to print longer integers, in these words:
 TOO_LONG = ("Exceeds the limit (4300 digits) for integer string conversion; "
             "use sys.set_int_max_str_digits() to increase the limit")
 ERROR = "Error during execution: "
+
+
+RETIRED_FLAGS = {
+    "--init": "--model", "--part": "--split", "--docs": "--tool_docs", "--style": "--call_format",
+    "--no_token": "--reward_token_dropout", "--max_turn_tokens": "--max_new_tokens",
+    "--max_total_tokens": "--max_sampled_tokens", "--clip": "--clip_eps", "--keep": "--save_total_limit",
+    "--prompts": "--prompts_per_step", "--group": "--group_size", "--inner_epochs": "--update_epochs",
+    "--batch": "--batch_size", "--limit": "--max_tasks", "--resample": "--dynamic_sampling"}
 
 
 class BfclError(Exception):
@@ -121,7 +128,7 @@ class Task:
     gold: list[list[str]]  # call strings per turn
     config: dict  # class name -> initial configuration
     classes: list[str]
-    missed: dict[int, list[str]]  # turn -> functions withheld until then
+    withheld: dict[int, list[str]]  # turn -> functions withheld until then
 
     @property
     def docs(self) -> list[dict]:
@@ -134,7 +141,7 @@ class Task:
         return {name: class_name for class_name in self.classes for name in _public_methods(class_name)}
 
     @functools.cached_property
-    def opening(self) -> bytes:
+    def initial_state(self) -> bytes:
         """Class name -> loaded instance, pickled: unpickling copies everything, also the cards and bookings
         that long_context instances share."""
         instances = {name: _api_class(name)() for name in self.classes}
@@ -145,7 +152,7 @@ class Task:
         return pickle.dumps(instances)
 
     @functools.cached_property
-    def replay(self) -> types.SimpleNamespace:
+    def gold_replay(self) -> types.SimpleNamespace:
         """The gold calls, executed once: results (Counters) and states per turn, and all bound calls."""
         episode, results, states = Episode(self), [], []
         for calls in self.gold:
@@ -173,7 +180,7 @@ def _category(category):
     return [Task(id=row["id"], category=category, index=int(row["id"].rsplit("_", 1)[1]),
                  turns=[turn[0]["content"] if turn else None for turn in row["question"]],
                  gold=gold[row["id"]], config=row["initial_config"], classes=row["involved_classes"],
-                 missed={int(turn): names for turn, names in row.get("missed_function", {}).items()})
+                 withheld={int(turn): names for turn, names in row.get("missed_function", {}).items()})
             for row in questions]
 
 
@@ -183,14 +190,6 @@ def load_tasks(categories=None) -> list[Task]:
     Errors: BfclError for an unknown category, and if the package is absent or of another version.
     """
     return [task for name in (CATEGORIES if categories is None else categories) for task in _category(name)]
-
-
-def data_sha256():
-    """Hash of the 8 data and 8 doc files in use; recorded with every run."""
-    files = [f"{folder}BFCL_v4_{name}.json" for folder in ("", "possible_answer/") for name in CATEGORIES]
-    used, docs = {name for task in load_tasks() for name in task.classes}, _constants()
-    files += [f"multi_turn_func_doc/{docs.MULTI_TURN_FUNC_DOC_FILE_MAPPING[name]}" for name in sorted(used)]
-    return hashlib.sha256(b"".join((_package() / "data" / file).read_bytes() for file in files)).hexdigest()
 
 
 # ---- Splits ------------------------------------------------------------------------------------------------
@@ -215,9 +214,9 @@ def split(tasks: list[Task], name="family", seed=0) -> dict[str, list[Task]]:
     paper:  720/0/80 tasks at random, as in arXiv 2602.03025; most test tasks then have a twin in train.
     """
     rng = random.Random(seed)
-    if _choose("split", name, SPLITS) == "paper":
+    if _choose("split", name, SPLIT_BY) == "paper":
         print("warning: the paper split leaks: most of its test tasks have the gold calls of a training "
-              "task; --split family has no such twins", file=sys.stderr)
+              "task; --split_by family has no such twins", file=sys.stderr)
         test = set(rng.sample([task.id for task in load_tasks()], 80))
         part_of = {task.id: "test" if task.id in test else "train" for task in tasks}
     else:
@@ -254,39 +253,39 @@ def signature(doc):
     return f"{doc['name']}({', '.join(params)})"
 
 
-def _tool(doc, docs, hint=True):
+def _tool(doc, tool_docs, hint=True):
     """A function as an object. Officially, withheld functions come without the language hint."""
-    if docs == "full":
+    if tool_docs == "full":
         language = " Note that the provided function is in Python 3 syntax."
         return {**doc, "description": doc["description"] + language * hint}
     about = doc["description"].split("Tool description: ")[-1]  # without the blurb on its class
     params = doc["parameters"]
-    if docs == "signature":
+    if tool_docs == "signature":
         about = about.split(". ")[0]
         params = {**params, "properties": {k: {"type": v["type"]} for k, v in params["properties"].items()}}
     return {"name": doc["name"], "description": about, "parameters": params}
 
 
-def _listing(tools, docs, style):
-    lines = docs == "signature" and style == "python"
-    return "\n".join(signature(doc) if lines else json.dumps(_tool(doc, docs)) for doc in tools)
+def _listing(tools, tool_docs, call_format):
+    lines = tool_docs == "signature" and call_format == "python"
+    return "\n".join(signature(doc) if lines else json.dumps(_tool(doc, tool_docs)) for doc in tools)
 
 
-def _system_text(tools, docs):
+def _system_text(tools, tool_docs):
     """The system message of the python style; "full" is the leaderboard's, from the package's templates."""
-    if docs != "full":
+    if tool_docs != "full":
         return (
             "You help a user by calling functions. Reply with a list of calls and no other text:\n"
             "[first_function(param=value), second_function(param=value)]\n"
             "Write all arguments as keywords with literal values. You will see the results and can call "
             "again. When the user's message is dealt with, or something needed is missing, reply in plain "
-            "words.\n\nFunctions:\n" + _listing(tools, docs, "python"))
+            "words.\n\nFunctions:\n" + _listing(tools, tool_docs, "python"))
     official = _constants("default_prompts")
     part = dict(official.PROMPT_STYLE_TEMPLATES["classic"])
     part["tool_call_format"] = part["tool_call_no_tag"].format(
         output_format=official.OUTPUT_FORMAT_MAPPING["python"],
         param_types=official.PARAM_TYPE_MAPPING["python"])
-    functions = json.dumps([_tool(doc, docs) for doc in tools], indent=4)
+    functions = json.dumps([_tool(doc, tool_docs) for doc in tools], indent=4)
     part["available_tools"] = part["available_tools"].format(format="json", functions=functions)
     return official.PROMPT_TEMPLATE_MAPPING["plaintext"].format(**part)
 
@@ -299,10 +298,10 @@ class Call:
     name: str
     args: tuple = ()
     kwargs: dict = field(default_factory=dict)
-    style: str = field(default="python", compare=False)
+    call_format: str = field(default="python", compare=False)
 
     def __str__(self):
-        show, comma = (_show, ", ") if self.style == "python" else (repr, ",")
+        show, comma = (_show, ", ") if self.call_format == "python" else (repr, ",")
         keywords = [f"{key}={show(value)}" for key, value in self.kwargs.items()]
         return f"{self.name}({comma.join([*map(show, self.args), *keywords])})"
 
@@ -450,7 +449,7 @@ def _write_llama(calls):
 
 
 @dataclass(frozen=True)
-class Style:
+class CallFormat:
     """How calls are written in a message."""
 
     decode: Callable  # text -> list[Call], as an official handler does; errors: any
@@ -460,15 +459,15 @@ class Style:
     marks: tuple = ()  # control tokens in such a text
 
 
-STYLES = {
-    "python": Style(_decode_python, _write_python, False, "Qwen/Qwen3-0.6B"),
-    "json": Style(_decode_json, _write_json, True, "Qwen/Qwen3-0.6B-FC", ("<tool_call>", "</tool_call>")),
-    "llama": Style(_decode_llama, _write_llama, True, "meta-llama/Llama-3.1-8B-Instruct-FC",
+CALL_FORMATS = {
+    "python": CallFormat(_decode_python, _write_python, False, "Qwen/Qwen3-0.6B"),
+    "json": CallFormat(_decode_json, _write_json, True, "Qwen/Qwen3-0.6B-FC", ("<tool_call>", "</tool_call>")),
+    "llama": CallFormat(_decode_llama, _write_llama, True, "meta-llama/Llama-3.1-8B-Instruct-FC",
                    ("<|python_tag|>",)),
 }
 
 
-def parse_calls(text, style) -> list[Call]:
+def parse_calls(text, call_format) -> list[Call]:
     """The calls in a model's text, decoded as the official handlers do. No calls and an error end a turn.
 
     python: the prompting decoder, for `[f(a=1), g()]`. Positional arguments are dropped, a bare name is a
@@ -484,7 +483,7 @@ def parse_calls(text, style) -> list[Call]:
     >>> [str(call) for call in parse_calls("[cd(folder='a'), sort('b', file_name=c)]", "python")]
     ["cd(folder='a')", "sort(file_name='c')"]
     """
-    decode = STYLES[_choose("style", style, STYLES)].decode
+    decode = CALL_FORMATS[_choose("call format", call_format, CALL_FORMATS)].decode
     try:
         if len(text) > MAX_TEXT:
             raise ValueError(f"longer than {MAX_TEXT} characters")
@@ -495,14 +494,14 @@ def parse_calls(text, style) -> list[Call]:
         raise CallSyntaxError(f"{type(error).__name__}: {error}") from None
 
 
-def write_calls(calls: list[Call], style):
-    """One message that makes these calls: what `parse_calls(text, style)` reads back."""
-    return STYLES[style].write(calls)
+def write_calls(calls: list[Call], call_format):
+    """One message that makes these calls: what `parse_calls(text, call_format)` reads back."""
+    return CALL_FORMATS[call_format].write(calls)
 
 
-def without_thoughts(text, style):
+def without_thoughts(text, call_format):
     """The part of a message that the official handlers of that style decode and store."""
-    return text if style == "llama" else text.split("</think>")[-1].lstrip("\n")
+    return text if call_format == "llama" else text.split("</think>")[-1].lstrip("\n")
 
 
 # ---- Execution and judging ---------------------------------------------------------------------------------
@@ -520,7 +519,7 @@ class Episode:
     """
 
     def __init__(self, task: Task, player="model"):
-        self.task, self.player, self.instances = task, player, pickle.loads(task.opening)
+        self.task, self.player, self.instances = task, player, pickle.loads(task.initial_state)
         self.own_methods = {name: _isolated(getattr(self.instances[task.functions[name]], name))
                             for name in ("post_tweet", "get_outside_temperature_from_google")
                             if name in task.functions}
@@ -537,7 +536,7 @@ class Episode:
         if calls not in ([], [""]):  # the official pipeline drops such steps
             self.steps += 1
         for result in results:
-            if result in self.task.replay.needed:
+            if result in self.task.gold_replay.needed:
                 self.found[result] += 1
         return results
 
@@ -617,7 +616,7 @@ class Episode:
 
     def _error(self):
         """The official error type of the open turn, in the official order of checks; None if it passes."""
-        gold, replay = self.task.gold[self.turn], self.task.replay
+        gold, replay = self.task.gold[self.turn], self.task.gold_replay
         if not gold:
             return None  # no check at all; what the model does here shows in the state of the next turn
         if not self.steps:
@@ -646,7 +645,7 @@ class Episode:
         turns, passed, failure = self._judged() if open_turn else (self.turn, self.passed, self.failure)
         if turns != len(self.task.gold):
             failure = ("multi_turn:force_terminated", None)
-        replay = self.task.replay
+        replay = self.task.gold_replay
         error_type, turn = failure or (None, None)
         return Verdict(not failure, error_type, turn, state=self.in_state(replay.states[-1]),
                        action=_covers(self.made, replay.calls), progress=passed / len(self.task.gold))
@@ -801,7 +800,7 @@ def judge(task: Task, turns: list[list[list[str]]]) -> Verdict:
 
 # ---- The world as a sampler sees it ------------------------------------------------------------------------
 @dataclass
-class Step:
+class StepResult:
     """The world's answer to one text of the model."""
 
     results: list[str]  # one a call
@@ -823,9 +822,9 @@ class BfclEnv:
               paper's reward.
     """
 
-    def __init__(self, task, docs="signature", style="python", protocol="official"):
+    def __init__(self, task, tool_docs="signature", call_format="python", protocol="official"):
         self.id = task.id
-        self.task, self.docs, self.style = task, _choose("docs", docs, DOCS), _choose("style", style, STYLES)
+        self.task, self.tool_docs, self.call_format = task, _choose("tool docs", tool_docs, TOOL_DOCS), _choose("call format", call_format, CALL_FORMATS)
         self.merged = _choose("protocol", protocol, PROTOCOLS) == "paper"
         self.episode = Episode(task)
         self.turns = [[]]  # [turn][step][call string]; judge(task, env.turns) == env.verdict()
@@ -840,19 +839,19 @@ class BfclEnv:
             user += "\n\nComplete all the steps above, in order, then call done()."
             tools = tools + [_DONE]
         else:
-            withheld = sum(self.task.missed.values(), [])
+            withheld = sum(self.task.withheld.values(), [])
             tools = [doc for doc in tools if doc["name"] not in withheld]
-        if STYLES[self.style].native:
-            return [{"role": "user", "content": user, "tools": [_tool(doc, self.docs) for doc in tools]}]
-        return [{"role": "system", "content": _system_text(tools, self.docs)},
+        if CALL_FORMATS[self.call_format].native:
+            return [{"role": "user", "content": user, "tools": [_tool(doc, self.tool_docs) for doc in tools]}]
+        return [{"role": "system", "content": _system_text(tools, self.tool_docs)},
                 {"role": "user", "content": user}]
 
-    def step(self, text) -> Step:
+    def step(self, text) -> StepResult:
         """Execute the calls in a model's text; without calls, end the turn. Errors: BfclError when done."""
         if self.done:
             raise BfclError("this conversation is over; make a new BfclEnv")
         try:
-            calls = [str(call) for call in parse_calls(without_thoughts(text, self.style), self.style)]
+            calls = [str(call) for call in parse_calls(without_thoughts(text, self.call_format), self.call_format)]
         except CallSyntaxError:
             calls = []
         ended, next_user, reason = not calls, None, None
@@ -867,16 +866,16 @@ class BfclEnv:
         if self.done or next_user is not None:
             self.episode.end_turn()
             self.turns += [] if self.done else [[]]
-        return Step(results, next_user, self.done, reason, calls)
+        return StepResult(results, next_user, self.done, reason, calls)
 
     def _next_user(self):
         """The next turn's text, or its withheld functions in the prompting and Qwen FC handlers' words."""
         turn = len(self.turns)
-        if turn not in self.task.missed:
+        if turn not in self.task.withheld:
             return self.task.turns[turn]
-        tools = [doc for name in self.task.missed[turn] for doc in self.task.docs if doc["name"] == name]
+        tools = [doc for name in self.task.withheld[turn] for doc in self.task.docs if doc["name"] == name]
         full = str([_tool(doc, "full", hint=False) for doc in tools])
-        listing = full if self.docs == "full" else _listing(tools, self.docs, self.style)
+        listing = full if self.tool_docs == "full" else _listing(tools, self.tool_docs, self.call_format)
         official = _constants("default_prompts").DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_PROMPTING
         return official.format(functions=listing)
 
@@ -887,30 +886,45 @@ class BfclEnv:
         return dataclasses.replace(verdict, **none) if self.merged else verdict
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that takes no abbreviations of flags and says the new name of a retired one."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False)
+
+    def error(self, message):
+        for word in message.split():
+            flag = word.partition("=")[0]
+            if message.startswith("unrecognized arguments") and flag in RETIRED_FLAGS:
+                message = f"{flag} is now called {RETIRED_FLAGS[flag]}"
+                break
+        super().error(message)
+
+
 # ---- Flags that choose tasks and their world ---------------------------------------------------------------
-def add_world_flags(parser: argparse.ArgumentParser, part="train", tasks=""):
-    """The flags of all scripts that choose tasks and their world. part, tasks: the script's defaults."""
-    group = parser.add_argument_group("world")
+def add_env_flags(parser: argparse.ArgumentParser, split="train", tasks=""):
+    """The flags of all scripts that choose tasks and their world. split, tasks: the script's defaults."""
+    group = parser.add_argument_group("environment")
 
     def add(flag, default, text, **rest):
         group.add_argument(flag, default=default, help=f"{text} (default: %(default)s)", **rest)
 
-    add("--docs", "signature", "tool docs: 4k to 10k, 1.4k to 4k or 0.2k to 0.7k tokens", choices=DOCS)
-    add("--style", "auto", "how calls are written; auto: as the chat template does, or python",
-        choices=("auto", *STYLES))
+    add("--tool_docs", "signature", "tool docs: 4k to 10k, 1.4k to 4k or 0.2k to 0.7k tokens", choices=TOOL_DOCS)
+    add("--call_format", "auto", "how calls are written; auto: as the chat template does, or python",
+        choices=("auto", *CALL_FORMATS))
     add("--protocol", "official", "turn by turn, or all turns in one message", choices=PROTOCOLS)
     add("--reward", "official", "the checker's verdict, final state x calls made, or share of turns passed",
         choices=REWARDS)
-    add("--split", "family", "whole families, or the paper's random split, which leaks", choices=SPLITS)
-    add("--part", part, "part of the split", choices=("train", "val", "test", "all"))
+    add("--split_by", "family", "whole families, or the paper's random split, which leaks", choices=SPLIT_BY)
+    add("--split", split, "the part of the tasks", choices=("train", "val", "test", "all"))
     add("--categories", ",".join(CATEGORIES), "categories, comma-separated")
-    add("--tasks", tasks, "task ids, comma-separated, in place of --part and --categories")
-    add("--limit", 0, "number of tasks, spread evenly over those chosen; 0 is all", type=int)
+    add("--tasks", tasks, "task ids, comma-separated, in place of --split and --categories")
+    add("--max_tasks", 0, "number of tasks, spread evenly over those chosen; 0 is all", type=int)
 
 
-def env_maker(args: argparse.Namespace, style):
+def make_env_fn(args: argparse.Namespace, call_format):
     """make_env(task) -> a new conversation about it, in the world that the flags choose."""
-    return functools.partial(BfclEnv, docs=args.docs, style=style, protocol=args.protocol)
+    return functools.partial(BfclEnv, tool_docs=args.tool_docs, call_format=call_format, protocol=args.protocol)
 
 
 def select_tasks(args: argparse.Namespace) -> list[Task]:
@@ -926,12 +940,12 @@ def select_tasks(args: argparse.Namespace) -> list[Task]:
             raise BfclError(f"unknown task {name!r}; ids are a category and a number from 0 to 199, for "
                             f"instance --tasks multi_turn_base_0 (categories: {', '.join(CATEGORIES)})")
     tasks = [known[name] for name in items(args.tasks)] or load_tasks(items(args.categories))
-    if args.part != "all" and not items(args.tasks):
-        tasks = split(tasks, args.split)[args.part]
-    if not tasks or args.limit < 0:
-        raise BfclError(f"no tasks are left with --categories {args.categories!r} --split {args.split} "
-                        f"--part {args.part} --limit {args.limit}; try --part all --limit 0")
-    count = min(args.limit, len(tasks)) or len(tasks)
+    if args.split != "all" and not items(args.tasks):
+        tasks = split(tasks, args.split_by)[args.split]
+    if not tasks or args.max_tasks < 0:
+        raise BfclError(f"no tasks are left with --categories {args.categories!r} --split_by {args.split_by} "
+                        f"--split {args.split} --max_tasks {args.max_tasks}; try --split all --max_tasks 0")
+    count = min(args.max_tasks, len(tasks)) or len(tasks)
     return [tasks[i * len(tasks) // count] for i in range(count)]
 
 

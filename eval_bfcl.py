@@ -1,7 +1,7 @@
 """Evaluation: how often a checkpoint succeeds, by reward token, in figures that others can check.
 
     python eval_bfcl.py --ckpt runs/rl_rcgrpo/model                       # test part of the split, high token
-    python eval_bfcl.py --ckpt DIR --part all --docs full --temperature 0 --official_out results
+    python eval_bfcl.py --ckpt DIR --split all --tool_docs full --temperature 0 --official_out results
     python eval_bfcl.py --score results/Qwen_Qwen3-0.6B-FC                # official result files, no model
     python eval_bfcl.py --compare runs/eval_a runs/eval_b                 # --out folders of evaluations
     python eval_bfcl.py --show multi_turn_base_3 --out runs/eval          # a transcript, then the gold calls
@@ -15,7 +15,6 @@
 Under torchrun the ranks share the tasks. --out holds config.json (what is evaluated, and how), eval.json, and
 of checkpoint n: n.tokenizer.json and n_TOKEN.rankR.jsonl, the trajectories of each rank as they end.
 """
-import argparse
 import contextlib
 import itertools
 import json
@@ -38,23 +37,22 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
 import rollout as sampler
-from bfcl_env import STYLES, BfclError, CallSyntaxError, judge, parse_calls, without_thoughts
+from bfcl_env import CALL_FORMATS, BfclError, CallSyntaxError, judge, parse_calls, without_thoughts
 from rollout import (Trajectory, check_model, checksum, compute_dtype, load_policy, mean_reward, number,
                      rollout, run_main, transcript)
-from sft_rctp import claim, hold, peak_memory_gb, start_ranks, write
+from sft_rctp import lock_run_dir, check_same_run, peak_memory_gb, init_distributed, atomic_write
 
-FREE = ("ckpt", "out", "score", "compare", "show", "official_out")  # flags that change no result
+IGNORED_ON_RESUME = ("ckpt", "out", "score", "compare", "show", "official_out")  # flags that change no result
 # What evaluations that are compared have in common.
-ALIKE = ("data_sha256", "split", "part", "categories", "tasks", "limit", "docs", "protocol", "reward",
-         "dtype", "temperature", "max_turn_tokens", "max_total_tokens", "max_len")
+COMPARABLE = ("split_by", "split", "categories", "tasks", "max_tasks", "tool_docs", "protocol", "reward",
+         "dtype", "temperature", "max_new_tokens", "max_sampled_tokens", "max_len")
 # The one comparison that was named beforehand, evaluated with the high token; all others are exploratory.
 PRIMARY = ("RCTP-FT + RC-GRPO", "RCTP-FT + GRPO (high token)")
-NAMES = {sampler.DEFAULT_MODEL: "SmolLM2-135M-Instruct (135M, from Q4_1)"}
 
 
 def parse_args():
     """(mode, flags), checked."""
-    parser = argparse.ArgumentParser(description="Accuracy by reward token, scores of official result files, "
+    parser = bfcl_env.Parser("Accuracy by reward token, scores of official result files, "
                                      "comparison of evaluations, transcripts.")
     add = parser.add_argument
     add("--ckpt", nargs="+", default=[], help=f"model directories, hub ids, or {sampler.DEFAULT_MODEL}")
@@ -72,10 +70,10 @@ def parse_args():
         help="of the model (default: %(default)s)")
     add("--seed", type=number(int, 0), default=0, help="of the sampling (default: %(default)s)")
     sampler.add_sampling_flags(parser)
-    # A model's official files hold all tasks, whatever our split is.
-    scoring = any(flag.startswith("--score") for flag in sys.argv)
-    bfcl_env.add_world_flags(parser, part="all" if scoring else "test")
+    bfcl_env.add_env_flags(parser, split=None)
     args = parser.parse_args()
+    # A model's official files hold all tasks, whatever our split is.
+    args.split = args.split or ("all" if args.score else "test")
     args.out = Path(args.out or ("runs/compare" if args.compare else "runs/eval"))
     args.reward_tokens = args.reward_tokens.split(",")
     modes = [name for name in MODES if getattr(args, name)]
@@ -107,14 +105,14 @@ def finished(out, stem) -> dict[tuple, Trajectory]:
     return dict(sorted(found.items()))
 
 
-def roll_out_tasks(policy, tasks, make_env, token, n, args, ranks) -> list[Trajectory]:
+def roll_out_tasks(policy, tasks, make_env, token, n, args, distributed) -> list[Trajectory]:
     """Every task --samples times; those that an earlier process finished are not made again. The random
     numbers of a rollout follow from (seed, 0, task id, 0, sample)."""
     old = finished(args.out, f"{n}_{token}")
     todo = [(task, j) for task in tasks for j in range(args.samples) if (task.id, j) not in old]
-    mine = todo[ranks.rank::ranks.size]  # this rank's (task, sample)
+    mine = todo[distributed.rank::distributed.size]  # this rank's (task, sample)
     dist.barrier()  # every rank has read the same before any goes on
-    with (args.out / f"{n}_{token}.rank{ranks.rank}.jsonl").open("a") as file:
+    with (args.out / f"{n}_{token}.rank{distributed.rank}.jsonl").open("a") as file:
         if file.tell():
             print(file=file)  # ends a line that was cut
 
@@ -123,85 +121,85 @@ def roll_out_tasks(policy, tasks, make_env, token, n, args, ranks) -> list[Traje
             print(t.to_json(), file=file, flush=True)
         tokens = [None if token == "none" else token] * len(mine)
         keys = [(args.seed, 0, task.id, 0, j) for task, j in mine]
-        title = f"checkpoint {n}, {token} token" if ranks.main else None
+        title = f"checkpoint {n}, {token} token" if distributed.is_main else None
         rollout(policy, [make_env(task) for task, _ in mine], tokens, keys, on_end=on_end, progress=title,
                 **sampler.sampling(args))
     dist.barrier()  # every rank has written its own
     return list(finished(args.out, f"{n}_{token}").values())
 
 
-def arm_of(contract) -> str | None:
+def arm_name(stage_info) -> str | None:
     """Stage 1 by its data, stage 2 by the tokens of its rollouts; None for a model that is not from here."""
-    if not contract.stage:
+    if not stage_info.stage:
         return None
-    arm = {"sft": "SFT", "mixed": "mixed-data SFT", "rctp": "RCTP-FT"}[contract.arm]  # as in the paper
-    if contract.source == "rollouts":
+    arm = {"sft": "SFT", "mixed": "mixed-data SFT", "rctp": "RCTP-FT"}[stage_info.arm]  # as in the paper
+    if stage_info.data_source == "rollouts":
         arm += " on own rollouts"
-    if contract.stage == "rcgrpo":
-        token = contract.reward_tokens
+    if stage_info.stage == "rcgrpo":
+        token = stage_info.reward_tokens
         arm += " + RC-GRPO" if token == "mixed" else f" + GRPO ({'no' if token == 'none' else token} token)"
-        if contract.advantage != "group":
-            arm += f", {contract.advantage} advantage"
-        if contract.resample:
-            arm += ", resampled"
+        if stage_info.advantage != "group":
+            arm += f", {stage_info.advantage} advantage"
+        if stage_info.dynamic_sampling:
+            arm += ", dynamic sampling"
     return arm
 
 
-def evaluate_checkpoint(n, tasks, args, ranks):
+def evaluate_checkpoint(n, tasks, args, distributed):
     """The table's row of --ckpt number n: what it is, and by reward token its figures and `correct`."""
     torch.manual_seed(0)  # `tiny` is drawn, on all ranks alike
-    dtype = compute_dtype(args.dtype, ranks.device)
-    policy = load_policy(args.ckpt[n], dtype, ranks.device, thinking=args.thinking)
-    contract, style, sha256 = policy.contract, policy.style(args.style), checksum(policy.model)
-    hold(args.out, ranks, {f"checkpoint {n}": {"sha256": sha256, "style": style}})
-    make_env = bfcl_env.env_maker(args, style)
-    fit = sampler.fitting(policy, tasks, make_env, args.max_len)
-    row = {"arm": arm_of(contract) or policy.name,
+    dtype = compute_dtype(args.dtype, distributed.device)
+    policy = load_policy(args.ckpt[n], dtype, distributed.device, thinking=args.thinking)
+    stage_info, call_format, sha256 = policy.stage_info, policy.call_format(args.call_format), checksum(policy.model)
+    check_same_run(args.out, distributed, {f"checkpoint {n}": {"sha256": sha256, "call_format": call_format}})
+    make_env = bfcl_env.make_env_fn(args, call_format)
+    fit = sampler.filter_overlong(policy, tasks, make_env, args.max_len)
+    row = {"arm": arm_name(stage_info) or policy.name,
            "ckpt": policy.name,
-           "model": contract.base_model or policy.name,
+           "model": stage_info.base_model or policy.name,
            "sha256": sha256,  # of the weights that were really loaded
-           "style": style,
+           "call_format": call_format,
            "thinking": policy.chat.thinking,
-           "contract": {**asdict(contract), "tasks": len(contract.tasks)},
+           "stage_info": {**asdict(stage_info), "tasks": len(stage_info.tasks)},
            "tasks_left_out": len(tasks) - len(fit),  # since they do not fit: they could only fail
-           "trained_on": sum(task.id in contract.tasks for task in tasks),
+           "trained_on": sum(task.id in stage_info.tasks for task in tasks),
            "correct": {}}  # token -> task id -> mean reward
-    ranks.say(f"{row['arm']}: {policy.name} | weights sha256 {sha256[:12]} | style {style} "
+    distributed.print0(f"{row['arm']}: {policy.name} | weights sha256 {sha256[:12]} | call format {call_format} "
               f"({policy.chat.why}) | all that fit: {len(fit)} of {len(tasks)} tasks")
-    for name in ("docs", "protocol"):
-        if contract.stage and getattr(contract, name) != getattr(args, name):
-            ranks.say(f"warning: it was trained with --{name} {getattr(contract, name)}")
-    if ranks.main:  # for --show
-        write(args.out / f"{n}.tokenizer.json", policy.tokenizer.backend_tokenizer.to_str())
+    for name in ("tool_docs", "protocol"):
+        if stage_info.stage and getattr(stage_info, name) != getattr(args, name):
+            distributed.print0(f"warning: it was trained with --{name} {getattr(stage_info, name)}")
+    if distributed.is_main:  # for --show
+        atomic_write(args.out / f"{n}.tokenizer.json", policy.tokenizer.backend_tokenizer.to_str())
     for token in args.reward_tokens:
-        if contract.stage and token not in contract.tokens:
-            ranks.say(f"warning: its stage 1 never saw the {token} token (only {', '.join(contract.tokens)})"
+        if stage_info.stage and token not in stage_info.stage1_reward_tokens:
+            distributed.print0(f"warning: its stage 1 never saw the {token} token (only {', '.join(stage_info.stage1_reward_tokens)})"
                       ": it has not learned what that means")
-        trajectories = roll_out_tasks(policy, fit, make_env, token, n, args, ranks)
-        if ranks.main:
-            row[token] = summarise(trajectories, f"{row['arm']}, {token} token")
+        trajectories = roll_out_tasks(policy, fit, make_env, token, n, args, distributed)
+        if distributed.is_main:
+            row[token] = summarize(trajectories, f"{row['arm']}, {token} token")
             row["correct"][token] = mean_reward(trajectories, lambda t: t.task)
             if args.official_out:
-                rows = official_rows(tasks, trajectories, policy.tokenizer, style)
-                write_official(Path(args.official_out), style, rows)
+                rows = official_rows(tasks, trajectories, policy.tokenizer, call_format)
+                write_official(Path(args.official_out), call_format, rows)
     return row
 
 
 def evaluate(args):
     """Evaluate the checkpoints, print the table, write eval.json."""
     began, tasks = time.monotonic(), bfcl_env.select_tasks(args)
-    ranks = start_ranks()
-    claim(args, ranks)
-    facts = {name: value for name, value in vars(args).items() if name not in FREE}
-    facts["dtype"] = str(compute_dtype(args.dtype, ranks.device))  # what auto means here
-    hold(args.out, ranks, {**facts, "checkpoints": len(args.ckpt), "data_sha256": bfcl_env.data_sha256()})
+    distributed = init_distributed()
+    lock_run_dir(args, distributed)
+    facts = {name: value for name, value in vars(args).items() if name not in IGNORED_ON_RESUME}
+    facts["dtype"] = str(compute_dtype(args.dtype, distributed.device))  # what auto means here
+    check_same_run(args.out, distributed, {**facts, "checkpoints": len(args.ckpt)})
     table = []  # one row a checkpoint
     for n in range(len(args.ckpt)):
-        table.append(evaluate_checkpoint(n, tasks, args, ranks))
+        table.append(evaluate_checkpoint(n, tasks, args, distributed))
         if table[-1]["sha256"] in [row["sha256"] for row in table[:-1]]:
-            ranks.say(f"warning: {args.ckpt[n]} and another checkpoint hold the same weights")
+            distributed.print0(f"warning: {args.ckpt[n]} and another checkpoint hold the same weights")
     dist.destroy_process_group()
-    if not ranks.main:
+    if not distributed.is_main:
         return
     tokens, last, lines = args.reward_tokens, table[-1], []
     minutes = (time.monotonic() - began) / 60
@@ -210,14 +208,14 @@ def evaluate(args):
         lines.append([row["arm"], *accuracies, row[tokens[0]]["overall"]["n"], row["tasks_left_out"]])
     heads = [f"accuracy, {token} token" for token in tokens]
     print_columns(["checkpoint", *heads, "n", "tasks left out"], lines)
-    print(f"\nModel: {NAMES.get(last['model'], last['model'])}. {len(tasks)} tasks x {args.samples} rollouts "
-          f"a token at temperature {args.temperature}; docs {args.docs}, protocol {args.protocol}, reward "
+    print(f"\nModel: {last['model']}. {len(tasks)} tasks x {args.samples} rollouts "
+          f"a token at temperature {args.temperature}; docs {args.tool_docs}, protocol {args.protocol}, reward "
           f"{args.reward}; percent with the 95 % interval over families; {minutes:.1f} minutes.")
     if seen := max(row["trained_on"] for row in table):
         print(f"{seen} of the {len(tasks)} tasks were trained on: there the figures show what was memorised.")
     result = {**facts, **last[tokens[0]], "table": table, "minutes": minutes,
-              "peak_memory_gb": peak_memory_gb(ranks.device)}
-    write(args.out / "eval.json", result)
+              "peak_memory_gb": peak_memory_gb(distributed.device)}
+    atomic_write(args.out / "eval.json", result)
     print(json.dumps({**result, "table": [{**row, "correct": None} for row in table]}))
 
 
@@ -269,11 +267,11 @@ def figures(trajectories: list[Trajectory]):
             "errors": dict(errors.most_common()),
             "reasons": dict(reasons.most_common()),  # how they ended
             "calls": mean(t.calls for t in trajectories),
-            "turns": mean(t.steps for t in trajectories),  # messages of the model
-            "tokens": mean(sum(t.mask) for t in trajectories)}  # sampled
+            "messages": mean(t.steps for t in trajectories),  # of the model
+            "tokens": mean(sum(t.loss_mask) for t in trajectories)}  # sampled
 
 
-def summarise(trajectories: list[Trajectory], title):
+def summarize(trajectories: list[Trajectory], title):
     """{"overall": figures, "categories": {name: figures}}, printed as a table too."""
     categories, lines = {}, []  # lines of the table
     for category in bfcl_env.CATEGORIES:
@@ -305,13 +303,13 @@ def print_columns(head, lines):
 # ---- 3. Official result files ------------------------------------------------------------------------------
 # A `result` there is [turn][step]: what the model said.
 
-def calls_in(step, style) -> list[str]:
+def calls_in(step, call_format) -> list[str]:
     """The calls of a step; none where the official decoders find none or raise. A list is the answer of a
     vendor's function-calling API, [{name: arguments}]."""
     calls = []
     try:
         if not isinstance(step, list):  # the usual case
-            return [str(call) for call in parse_calls(step, style)]
+            return [str(call) for call in parse_calls(step, call_format)]
         for call in step:
             for name, arguments in call.items():
                 calls.append(str(bfcl_env.json_call(name, arguments)))
@@ -320,29 +318,29 @@ def calls_in(step, style) -> list[str]:
     return calls
 
 
-def turns_of(result, style) -> list[list[list[str]]]:
+def turns_of(result, call_format) -> list[list[list[str]]]:
     """[turn][step][call], for `judge`."""
-    return [[calls_in(step, style) for step in turn] for turn in result]
+    return [[calls_in(step, call_format) for step in turn] for turn in result]
 
 
-def result_of(t: Trajectory, task, tokenizer, style) -> list[list[str]]:
+def result_of(t: Trajectory, task, tokenizer, call_format) -> list[list[str]]:
     """The messages of a trajectory by turn. One that hit a cap was never executed and is not among them."""
     turns = [[]]
-    messages = [ids for said, ids in t.stretches() if said]
+    messages = [ids for said, ids in t.segments() if said]
     for ids in messages[:t.steps]:
         text = tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False)
-        turns[-1].append(without_thoughts(text, style))
-        if not calls_in(turns[-1][-1], style) and len(turns) < len(task.turns):
+        turns[-1].append(without_thoughts(text, call_format))
+        if not calls_in(turns[-1][-1], call_format) and len(turns) < len(task.turns):
             turns.append([])
     return turns
 
 
-def write_official(folder, style, rows: dict[str, list[dict]]):
+def write_official(folder, call_format, rows: dict[str, list[dict]]):
     """{category: result lines} into files, in the folder of an official model with this decoder."""
-    model = STYLES[style].official
+    model = CALL_FORMATS[call_format].official
     for category, lines in rows.items():
         path = folder / model.replace("/", "_") / f"multi_turn/BFCL_v4_{category}_result.json"
-        write(path, "".join(json.dumps(line) + "\n" for line in lines))
+        atomic_write(path, "".join(json.dumps(line) + "\n" for line in lines))
     partial = ""
     if any(len(lines) < 200 for lines in rows.values()):  # else the evaluator wants all
         partial = " --partial-eval"
@@ -350,15 +348,15 @@ def write_official(folder, style, rows: dict[str, list[dict]]):
           f"{','.join(rows)} --result-dir {folder.resolve()}{partial}")
 
 
-def official_rows(tasks, trajectories: list[Trajectory], tokenizer, style) -> dict[str, list[dict]]:
+def official_rows(tasks, trajectories: list[Trajectory], tokenizer, call_format) -> dict[str, list[dict]]:
     """{category: result lines}, each of which is judged again from its text."""
     by_id = {task.id: task for task in tasks}
     rows = {}
     for t in trajectories:
         task = by_id[t.task]
-        result = result_of(t, task, tokenizer, style)
+        result = result_of(t, task, tokenizer, call_format)
         rows.setdefault(task.category, []).append({"id": task.id, "result": result})
-        if judge(task, turns_of(result, style)).valid != t.verdict["valid"]:
+        if judge(task, turns_of(result, call_format)).valid != t.verdict["valid"]:
             print(f"warning: {task.id} is judged otherwise from its text than live", file=sys.stderr)
     return rows
 
@@ -393,11 +391,11 @@ def score(args):
     """Judge the result files of a model's folder."""
     tasks = bfcl_env.select_tasks(args)
     name = Path(args.score).resolve().name  # of the model's folder
-    style = args.style
-    if style == "auto":  # the leaderboard's names say it
-        style = "python"
+    call_format = args.call_format
+    if call_format == "auto":  # the leaderboard's names say it
+        call_format = "python"
         if "-FC" in name:
-            style = "llama" if "Llama-3.1" in name else "python" if "Llama" in name else "json"
+            call_format = "llama" if "Llama-3.1" in name else "python" if "Llama" in name else "json"
     rows, bad = read_official(args.score)
     trajectories = []  # as far as result files know them
     for task in tasks:
@@ -405,20 +403,20 @@ def score(args):
             continue
         turns, verdict = [], {"valid": False, "error_type": "multi_turn:inference_error"}
         if isinstance(rows[task.id], list):  # else it is the handler's report of an exception
-            turns = turns_of(rows[task.id], style)
+            turns = turns_of(rows[task.id], call_format)
             verdict = vars(judge(task, turns))
         t = Trajectory(task.id, None, [], [], [], float(verdict["valid"]), "not known", verdict)
         t.calls = sum(len(step) for turn in turns for step in turn)
         t.steps = sum(len(turn) for turn in turns)
         trajectories.append(t)
     if not trajectories:
-        raise BfclError(f"{args.score} holds no line of the {len(tasks)} tasks asked for: try --part all")
-    summary = summarise(trajectories, f"{name}: official verdicts, calls read as {style}")
+        raise BfclError(f"{args.score} holds no line of the {len(tasks)} tasks asked for: try --split all")
+    summary = summarize(trajectories, f"{name}: official verdicts, calls read as {call_format}")
     missing = len(tasks) - len(trajectories)  # these do not count as failures
     print(f"{missing} of {len(tasks)} tasks have no result and do not count; {bad} lines cannot be read")
     if not summary["overall"]["calls"]:
-        print(f"warning: nothing could be read as {style} calls: try the other --style", file=sys.stderr)
-    print(json.dumps({**summary, "reward": "official", "model": name, "style": style, "missing": missing,
+        print(f"warning: nothing could be read as {call_format} calls: try the other --call_format", file=sys.stderr)
+    print(json.dumps({**summary, "reward": "official", "model": name, "call_format": call_format, "missing": missing,
                       "malformed": bad}))
 
 
@@ -437,9 +435,13 @@ def read_arms(folders):
     rows, common = {}, None
     for folder in folders:
         for row in load(folder, "eval.json")["table"]:
-            same = load(folder, "config.json")["same"]
-            facts = {name: same[name] for name in ALIKE}
-            facts |= {"style": row["style"], "model": row["model"],  # other ones are other arms
+            config = load(folder, "config.json")
+            same = config["same"]
+            if not set(COMPARABLE) <= set(same):
+                raise BfclError(f"{folder} was written by another version of this code: evaluate again")
+            facts = {name: same[name] for name in COMPARABLE}
+            facts["bfcl-eval"] = config["versions"]["bfcl-eval"]
+            facts |= {"call_format": row["call_format"], "model": row["model"],  # other ones are other arms
                       "thinking": row.get("thinking", "off")}
             for token, correct in row["correct"].items():
                 rows[row["sha256"], token] = {**row, "token": token, "correct": correct}
@@ -468,7 +470,7 @@ def compared(folders):
                       "seeds": len(seeds),
                       "interval": interval(drawn, tasks),
                       "accuracy": mean(mean(row["correct"].values()) for row in seeds),
-                      "rollouts": sorted({row["contract"]["rollouts"] for row in seeds})})
+                      "rollouts": sorted({row["stage_info"]["rollouts"] for row in seeds})})
     floor = 1 - 0.2 ** (1 / len(set(families_of(tasks))))  # so many families could all miss a smaller one
     for (i, a), (j, b) in itertools.combinations(enumerate(table), 2):
         if a["arm"] != b["arm"] and a["token"] != b["token"]:
@@ -490,7 +492,7 @@ def compared(folders):
 def compare(args):
     """Print and write the arms and their differences; the picture."""
     result, arms = compared(args.compare)
-    shown = [f"{name} {result[name]}" for name in ALIKE[1:] if result[name] != ""]
+    shown = [f"{name} {result[name]}" for name in COMPARABLE if result[name] != ""]
     print(f"{len(result['tasks that fit'])} tasks; " + ", ".join(shown))
     print_columns(["arm", "evaluated with", "accuracy %", "seeds", "rollouts"],
                   [[r["arm"], r["token"], percent(r), r["seeds"], r["rollouts"]] for r in result["table"]])
@@ -499,7 +501,7 @@ def compare(args):
     print_columns(["kind", "difference", "smallest detectable", "of", "minus"],
                   [[p["kind"], percent(p, "difference"), f"{100 * p['detectable']:.1f}", p["a"], p["b"]]
                    for p in result["pairs"]])
-    write(args.out / "compare.json", result)
+    atomic_write(args.out / "compare.json", result)
     plot(args.out / "compare.png", result["table"], arms)
     print(json.dumps(result))
 

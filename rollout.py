@@ -6,13 +6,13 @@ A rollout is a growing list of token ids. What the model sampled is kept as ids,
 again; what the world says is rendered once and appended with mask 0. The steps of `rollout`, each a method of
 `Sampler`:
 
-    1. open     render every opening, cut at the reward token into a prefix (shared by the group) and a suffix
+    1. add_requests     render every opening, cut at the reward token into a prefix (shared by the group) and a suffix
     2. admit    waiting rows join while the KV cache has room; a prefix is computed once for all its rows
     3. forward  the tokens that rows have heard, then one new token of every row, several times
-    4. hear     a finished message goes to its world, whose answer is what the row hears next
-    5. leave    finished rows give their place to others
+    4. process_outputs     a finished message goes to its world, whose answer is what the row hears next
+    5. pop_finished    finished rows give their place to others
 
-A world is anything with `messages()`, `step(text) -> Step(results, next_user, done, reason)` and `verdict()`,
+A world is anything with `messages()`, `step(text) -> StepResult(results, next_user, done, reason)` and `verdict()`,
 whose `reward(kind)` is a number: `bfcl_env.BfclEnv` is one.
 
 Axes: B live rows, N tokens of one forward, M loss positions, H query heads, K key/value heads, D head width,
@@ -63,10 +63,10 @@ REWARD_TOKENS = {"high": "<|high_reward|>", "low": "<|low_reward|>"}
 REWARD_GOAL = "\n\n[Reward Goal: {}]"  # ends the first user message (third-party notes on arXiv 2602.03025)
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DATE = "26 Jul 2024"  # today, for templates that print it: the benchmark's Llama handler writes this day
-CONTRACT = "rcgrpo.json"  # lies beside the weights that a stage wrote, see `Contract`
-CHUNK = 16_384  # tokens of one prefill forward, over all its conversations: bounds its memory
+STAGE_INFO = "rcgrpo.json"  # lies beside the weights that a stage wrote, see `StageInfo`
+PREFILL_TOKENS = 16_384  # tokens of one prefill forward, over all its conversations: bounds its memory
 TOLERANCE = 2  # times what rounding does to log-probs: right layouts reach 1.5 times that
-BURST = {"cpu": 1, "cuda": 8}  # decode steps between two looks of the host at what was drawn
+DECODE_STEPS_PER_SYNC = {"cpu": 1, "cuda": 8}  # decode steps between two looks of the host at what was drawn
 
 
 # ---- Attention ---------------------------------------------------------------------------------------------
@@ -107,9 +107,9 @@ class Prefix:
 class Span:
     """New tokens of one conversation in an `Extend` forward."""
     ids: list[int] | tuple[int, ...]
-    kv: torch.Tensor  # [L, 2, K, T, D] where their keys and values go: a prefix's own, or a row's
-    place: int  # in kv, of the first
-    prefix: Prefix | None = None  # what stands before kv
+    cache: torch.Tensor  # [L, 2, K, T, D] where their keys and values go: a prefix's own, or a row's
+    start: int  # in the cache, of the first
+    prefix: Prefix | None = None  # what stands before the cache
 
 
 @dataclass
@@ -119,37 +119,37 @@ class Extend:
 
     def attend(self, layer, q, k, v, scale):  # q [1, H, N, D]; k, v [1, K, N, D]
         sizes, out = [len(span.ids) for span in self.spans], []
-        for span, own_q, own_k, own_v in zip(self.spans, *(x.split(sizes, 2) for x in (q, k, v))):
-            end = span.place + len(span.ids)
-            span.kv[layer, 0, :, span.place:end] = own_k[0]
-            span.kv[layer, 1, :, span.place:end] = own_v[0]
-            seen = span.kv[layer, :, :, :end]  # [2, K, end, D]
+        for span, q_new, k_new, v_new in zip(self.spans, *(x.split(sizes, 2) for x in (q, k, v))):
+            end = span.start + len(span.ids)
+            span.cache[layer, 0, :, span.start:end] = k_new[0]
+            span.cache[layer, 1, :, span.start:end] = v_new[0]
+            seen = span.cache[layer, :, :, :end]  # [2, K, end, D]
             if span.prefix:
                 seen = torch.cat([span.prefix.kv[layer], seen], 2)  # [2, K, P + end, D]
-            out.append(attention(own_q, seen[None, 0], seen[None, 1], scale))
+            out.append(attention(q_new, seen[None, 0], seen[None, 1], scale))
         return torch.cat(out, 2)
 
 
 @dataclass
 class Decode:
-    """One token of each of B rows. Row b lives in slot b of `own`."""
-    own: torch.Tensor  # [L, 2, slots, K, T, D]
-    place: torch.Tensor  # [B] of the token among the row's own
-    behind: torch.Tensor  # [B, 1, 1, T] bool, what stands behind a row's end; this T reaches the longest's
+    """One token of each of B rows. Row b has slot b of `row_kv`."""
+    row_kv: torch.Tensor  # [L, 2, slots, K, T, D]
+    pos: torch.Tensor  # [B] of the token, in its slot
+    padding_mask: torch.Tensor  # [B, 1, 1, T] bool, what stands behind a row's end; this T reaches the longest's
     groups: list  # (Prefix, [b] indices of its rows)
 
     def attend(self, layer, q, k, v, scale):  # q [1, H, B, D]; k, v [1, K, B, D]
-        keys, values = self.own[layer]  # [slots, K, T, D] each
-        (_, H, B, D), K, T = q.shape, keys.shape[1], self.behind.shape[-1]
+        keys, values = self.row_kv[layer]  # [slots, K, T, D] each
+        (_, H, B, D), K, T = q.shape, keys.shape[1], self.padding_mask.shape[-1]
         slot = torch.arange(B, device=q.device)
-        keys[slot, :, self.place] = k[0].transpose(0, 1)
-        values[slot, :, self.place] = v[0].transpose(0, 1)
+        keys[slot, :, self.pos] = k[0].transpose(0, 1)
+        values[slot, :, self.pos] = v[0].transpose(0, 1)
         keys, values = keys[:B, :, :T], values[:B, :, :T]
         q = q[0].transpose(0, 1).reshape(B, K, H // K, D)
         # One softmax over [prefix | own]; the prefix is read once for all rows that share it.
         # The larger factor first: on a CPU three times as fast as q @ keys^T.
         own = scores(keys.flatten(0, 1), q.flatten(0, 1).transpose(1, 2), scale)  # [B*K, T, H/K]
-        own = own.transpose(1, 2).view(B, K, H // K, T).masked_fill(self.behind, float("-inf"))
+        own = own.transpose(1, 2).view(B, K, H // K, T).masked_fill(self.padding_mask, float("-inf"))
         weights, shared = q.new_empty(own.shape), torch.empty_like(q)
         for prefix, rows in self.groups:  # b rows each
             prefix_keys, prefix_values = prefix.kv[layer]  # [K, P, D] each
@@ -175,10 +175,10 @@ class Packed:
         sizes = [self.prefix, *(end - start for start, end in self.spans)]
         (first, *q), (prefix_k, *k), (prefix_v, *v) = (x.split(sizes, 2) for x in (q, k, v))
         out = [attention(first, prefix_k, prefix_v, scale)]
-        for own_q, own_k, own_v in zip(q, k, v):
-            keys = torch.cat([prefix_k, own_k], 2)  # [1, K, P + own, D]
-            values = torch.cat([prefix_v, own_v], 2)
-            out.append(attention(own_q, keys, values, scale))
+        for q_new, k_new, v_new in zip(q, k, v):
+            keys = torch.cat([prefix_k, k_new], 2)  # [1, K, P + own, D]
+            values = torch.cat([prefix_v, v_new], 2)
+            out.append(attention(q_new, keys, values, scale))
         return torch.cat(out, 2)
 
 
@@ -208,20 +208,20 @@ def hidden_states(model, ids, positions, layout):
 
 
 def extend(policy, spans: list[Span]):
-    """Compute the keys and values of the spans' tokens, at most CHUNK of all spans in one forward."""
+    """Compute the keys and values of the spans' tokens, at most PREFILL_TOKENS of all spans in one forward."""
     todo = deque(spans)
     while todo:
         now, ids, positions = [], [], []
-        while todo and len(ids) < CHUNK:
+        while todo and len(ids) < PREFILL_TOKENS:
             span = todo.popleft()
-            room = CHUNK - len(ids)
-            piece = Span(span.ids[:room], span.kv, span.place, span.prefix)
+            room = PREFILL_TOKENS - len(ids)
+            piece = Span(span.ids[:room], span.cache, span.start, span.prefix)
             if len(span.ids) > room:
-                todo.appendleft(Span(span.ids[room:], span.kv, span.place + room, span.prefix))
-            start = span.place + (len(span.prefix.ids) if span.prefix else 0)
+                todo.appendleft(Span(span.ids[room:], span.cache, span.start + room, span.prefix))
+            first = span.start + (len(span.prefix.ids) if span.prefix else 0)
             now.append(piece)
             ids += piece.ids
-            positions += range(start, start + len(piece.ids))
+            positions += range(first, first + len(piece.ids))
         ids, positions = torch.tensor([ids, positions], device=policy.device)  # [N] each
         hidden_states(policy.model, ids, positions, Extend(now))
 
@@ -239,7 +239,7 @@ def bf16_factors():
         switch.fp32_precision = before
 
 
-class _Product(torch.autograd.Function):
+class _LMHeadMatmul(torch.autograd.Function):
     """hidden [M, hidden], head [V, hidden] -> hidden @ head^T [M, V] in fp32, of factors that are bf16
     numbers: bf16 tensors on CUDA, whose gradients are bf16 too, as those of all other weights; fp32 tensors
     on a CPU, where products do not widen."""
@@ -250,7 +250,7 @@ class _Product(torch.autograd.Function):
         if hidden.is_cuda:
             return torch.mm(hidden, head.T, out_dtype=torch.float32)
         with bf16_factors():
-            return product(hidden, head)
+            return lm_head_matmul(hidden, head)
 
     @staticmethod
     def backward(ctx, grad):
@@ -260,14 +260,14 @@ class _Product(torch.autograd.Function):
             return grad @ head, grad.T @ hidden
 
 
-def product(hidden, head):
+def lm_head_matmul(hidden, head):
     """hidden [M, hidden], head [V, hidden] -> [M, V]; for few rows this order is twice as fast on a CPU."""
     if len(hidden) > 64:
         return F.linear(hidden, head)
     return (head @ hidden.T).T.clone(memory_format=torch.contiguous_format)  # no view: it is filled in place
 
 
-def head_of(model):
+def lm_head_weight(model):
     """[V, hidden] as `masked_logits` takes it: widened once for all products on a CPU."""
     head = model.get_output_embeddings().weight
     return head if head.is_cuda else head.float()
@@ -276,17 +276,17 @@ def head_of(model):
 def masked_logits(hidden, head, banned, temperature=1.0):
     """What both the sampler and the trainer take the softmax of: fp32 logits / T, banned ids at -inf.
 
-    hidden [M, hidden], head from `head_of`, banned [V] bool -> [M, V]; temperature 0 (greedy) counts as 1. A
+    hidden [M, hidden], head from `lm_head_weight`, banned [V] bool -> [M, V]; temperature 0 (greedy) counts as 1. A
     logit near 20 that were rounded to bf16 would be off by 0.06."""
-    logits = (product(hidden, head) if hidden.dtype == torch.float32
-              else _Product.apply(hidden.to(head.dtype), head))
+    logits = (lm_head_matmul(hidden, head) if hidden.dtype == torch.float32
+              else _LMHeadMatmul.apply(hidden.to(head.dtype), head))
     if temperature not in (0, 1):
         logits = logits / temperature
     return logits.masked_fill_(banned, float("-inf"))
 
 
-def draw(logits, uniform, greedy=False):
-    """One token a row by inverting the CDF. logits [B, V] masked; uniform [B] in [0, 1) -> ids, logps [B]."""
+def sample_token(logits, uniform, greedy=False):
+    """One token a row by inverting the CDF. logits [B, V] masked; uniform [B] in [0, 1) -> ids, logprobs [B]."""
     logp = logits.log_softmax(-1)  # [B, V]
     if greedy:
         ids = logits.argmax(-1)
@@ -302,7 +302,7 @@ def draw(logits, uniform, greedy=False):
     return ids, logp.gather(1, ids[:, None])[:, 0]
 
 
-def uniform_numbers(key, count) -> np.ndarray:
+def keyed_uniforms(key, count) -> np.ndarray:
     """[count] numbers in [0, 1) that follow from `key` alone, such as (seed, step, task id, 0, rollout)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest, "big")).random(count, dtype=np.float32)
@@ -311,13 +311,13 @@ def uniform_numbers(key, count) -> np.ndarray:
 # ---- The sampler -------------------------------------------------------------------------------------------
 @dataclass
 class Trajectory:
-    """One finished conversation. `ids`, `mask` and `logps` have the same length: mask 1 is what the model
+    """One finished conversation. `ids`, `loss_mask` and `logprobs` have the same length: mask 1 is what the model
     said, with the log-prob at which it was sampled (0.0 elsewhere); all else was forced by the world."""
     task: str
     reward_token: str | None
     ids: list[int]
-    mask: list[int]
-    logps: list[float]
+    loss_mask: list[int]
+    logprobs: list[float]
     reward: float
     reason: str  # done | force_quit | turn_tokens | total_tokens | context | malformed
     verdict: dict
@@ -330,12 +330,16 @@ class Trajectory:
 
     @classmethod
     def from_json(cls, line) -> "Trajectory":
-        return cls(**json.loads(line))
+        """Errors: BfclError for a rollout of another version, ValueError for what is no JSON."""
+        try:
+            return cls(**json.loads(line))
+        except TypeError:
+            raise BfclError("a rollout that another version of this code wrote: roll out again") from None
 
-    def stretches(self) -> list[tuple[int, list[int]]]:
+    def segments(self) -> list[tuple[int, list[int]]]:
         """(mask, ids) of each part in turn: the prompt, a message, what the world answered, a message ..."""
-        runs = itertools.groupby(zip(self.mask, self.ids), key=lambda place: place[0])
-        return [(said, [i for _, i in run]) for said, run in runs]
+        runs = itertools.groupby(zip(self.loss_mask, self.ids), key=lambda item: item[0])
+        return [(sampled, [i for _, i in run]) for sampled, run in runs]
 
 
 @dataclass
@@ -343,12 +347,12 @@ class _Row:
     """A conversation that is waiting or live."""
     index: int
     env: object
-    token: str | None
+    reward_token: str | None
     prefix: Prefix
-    uniform: np.ndarray  # [max_total_tokens], sampled token t takes number t, whatever the batch was
+    uniform: np.ndarray  # [max_sampled_tokens], sampled token t takes number t, whatever the batch was
     ids: list[int]  # own ids, prefix not included
-    mask: list[int]
-    logps: list[float]
+    loss_mask: list[int]
+    logprobs: list[float]
     pending: list[int]  # the last ids, whose keys and values are not computed yet
     cached: int = 0  # own ids in the cache
     message: int = 0  # tokens of the message being sampled
@@ -360,11 +364,11 @@ class _Row:
     def __len__(self):
         return len(self.prefix.ids) + len(self.ids)
 
-    def append(self, ids: list[int], logps: list[float] | None = None):
+    def append(self, ids: list[int], logprobs: list[float] | None = None):
         """Ids that join the conversation: sampled, with their log-probs, or forced by the world."""
         self.ids += ids
-        self.mask += [0 if logps is None else 1] * len(ids)
-        self.logps += [0.0] * len(ids) if logps is None else logps
+        self.loss_mask += [0 if logprobs is None else 1] * len(ids)
+        self.logprobs += [0.0] * len(ids) if logprobs is None else logprobs
 
 
 @dataclass
@@ -372,8 +376,8 @@ class Sampler:
     """The limits, the cache and the rows of one `rollout`; its five steps."""
     policy: "Policy"
     temperature: float = 1.0  # 0: greedy
-    max_turn_tokens: int = 256  # sampled tokens of one message
-    max_total_tokens: int = 2048  # and of a rollout
+    max_new_tokens: int = 256  # sampled tokens of one message
+    max_sampled_tokens: int = 2048  # and of a rollout
     max_len: int = 8192  # tokens of a conversation, at most the model's context
     kv_gb: float | None = None  # GiB that the KV cache may take; None: 4, on CUDA most of what is free
 
@@ -386,33 +390,33 @@ class Sampler:
                 torch.cuda.empty_cache()  # of an update, say
                 # The rest is for activations of prompts and for logits.
                 self.kv_gb = 0.6 * torch.cuda.mem_get_info(policy.device)[0] / 2**30
-        self.head = head_of(policy.model)  # [V, hidden]
-        self.ends = torch.zeros_like(policy.banned)  # [V] bool, the tokens that end a message
-        self.ends[[*policy.chat.stop_ids, *policy.chat.header_ids]] = True
+        self.head = lm_head_weight(policy.model)  # [V, hidden]
+        self.stop_mask = torch.zeros_like(policy.banned)  # [V] bool, the tokens that end a message
+        self.stop_mask[[*policy.chat.stop_ids, *policy.chat.forbidden_ids]] = True
         self.waiting, self.live = deque(), []  # rows; live row b has slot b of the cache
-        self.ended = []  # rows, to be taken by `leave`
-        self.held = []  # prefixes in the cache
+        self.finished = []  # rows, to be taken by `pop_finished`
+        self.cached_prefixes = []  # prefixes in the cache
 
     # step 1
-    def open(self, envs, reward_tokens, keys: list[tuple]):
+    def add_requests(self, envs, reward_tokens, keys: list[tuple]):
         """Render the openings, size the cache. Rows wait in the order given, those of a group together."""
         chat, rows, prefixes, openings = self.policy.chat, [], {}, {}
         for i, (env, token) in enumerate(zip(envs, reward_tokens, strict=True)):
             messages = env.messages()
             seen = (json.dumps(messages), token)  # the same for all of a group that draw this token
             if seen not in openings:
-                openings[seen] = chat.opening(messages, token)
+                openings[seen] = chat.render_prompt(messages, token)
             ids = openings[seen]
             cut = ids.index(self.policy.reward_ids[token]) if token else len(ids) - 1
             prefix = prefixes.setdefault(tuple(ids[:cut]), Prefix(tuple(ids[:cut])))
-            uniform = uniform_numbers(keys[i], self.max_total_tokens)
+            uniform = keyed_uniforms(keys[i], self.max_sampled_tokens)
             row = _Row(i, env, token, prefix, uniform, [], [], [], pending=ids[cut:])
             row.append(ids[cut:])
             if len(row) < self.max_len:
                 rows.append(row)
             else:
                 row.reason = "context"
-                self.ended.append(row)
+                self.finished.append(row)
         self.waiting.extend(rows)
         self._size_cache(rows)
 
@@ -433,38 +437,38 @@ class Sampler:
         # A row needs its own tokens and its share of the prefixes; one whole prefix must always fit.
         share = longest * distinct / max(1, len(rows))
         slots = max(1, min(len(rows), int(budget / (own + share)), (budget - longest) // own))
-        self.slots, self.room = slots, budget - slots * own  # room: tokens of prefixes that still fit
+        self.slots, self.free_prefix_tokens = slots, budget - slots * own  # of prefixes that still fit
         # Zeros: what stands behind a row's end gets weight 0, and 0 times the NaN of unwritten memory is NaN.
-        self.own = torch.zeros(L, 2, slots, K, own, D, dtype=dtype, device=self.policy.device)
+        self.row_kv = torch.zeros(L, 2, slots, K, own, D, dtype=dtype, device=self.policy.device)
 
     # step 2
     def admit(self):
         """Rows join while there is a slot for each, and room for its prefix."""
-        while self.waiting and len(self.live) < self.slots and self._hold(self.waiting[0].prefix):
+        while self.waiting and len(self.live) < self.slots and self._cache_prefix(self.waiting[0].prefix):
             self.live.append(self.waiting.popleft())
 
-    def _hold(self, prefix):
+    def _cache_prefix(self, prefix):
         """Compute a prefix, unless the cache has it; False if there is no room until rows leave."""
         if prefix.kv is not None:
             return True
-        if self.room < len(prefix.ids):  # others that no row needs stay until then, since they can serve
+        if self.free_prefix_tokens < len(prefix.ids):  # others that no row needs stay until then, since they can serve
             needed = {row.prefix for row in self.live}
-            for other in [other for other in self.held if other not in needed]:
-                self.held.remove(other)
-                self.room += len(other.ids)
+            for other in [other for other in self.cached_prefixes if other not in needed]:
+                self.cached_prefixes.remove(other)
+                self.free_prefix_tokens += len(other.ids)
                 other.kv = None
-        if self.room < len(prefix.ids):
+        if self.free_prefix_tokens < len(prefix.ids):
             return False
-        self.room -= len(prefix.ids)
-        L, _, _, K, _, D = self.own.shape
-        prefix.kv = self.own.new_empty(L, 2, K, len(prefix.ids), D)
+        self.free_prefix_tokens -= len(prefix.ids)
+        L, _, _, K, _, D = self.row_kv.shape
+        prefix.kv = self.row_kv.new_empty(L, 2, K, len(prefix.ids), D)
         start = 0
-        if self.held:  # what another prefix begins with too (the same tool docs) is copied
-            alike = max(self.held, key=lambda other: common_prefix(other.ids, prefix.ids))
+        if self.cached_prefixes:  # what another prefix begins with too (the same tool docs) is copied
+            alike = max(self.cached_prefixes, key=lambda other: common_prefix(other.ids, prefix.ids))
             start = min(common_prefix(alike.ids, prefix.ids), len(prefix.ids) - 1)
             prefix.kv[:, :, :, :start] = alike.kv[:, :, :, :start]
         extend(self.policy, [Span(prefix.ids[start:], prefix.kv, start)])
-        self.held.append(prefix)
+        self.cached_prefixes.append(prefix)
         return True
 
     # step 3
@@ -472,31 +476,31 @@ class Sampler:
         """What rows have heard, all but its last token, which the first decode step takes; then a burst of
         those. Returns [steps][2][B]: ids and log-probs that were drawn, also behind the end of a message."""
         policy, device, B = self.policy, self.policy.device, len(self.live)
-        extend(policy, [Span(row.pending[:-1], self.own[:, :, b], row.cached, row.prefix)
+        extend(policy, [Span(row.pending[:-1], self.row_kv[:, :, b], row.cached, row.prefix)
                         for b, row in enumerate(self.live) if len(row.pending) > 1])
         for row in self.live:
             row.cached += len(row.pending) - 1
             row.pending = row.pending[-1:]
         # The host looks only after several steps, since a copy from the GPU waits for it.
-        steps = min(BURST[device.type], *(min(
-            self.max_turn_tokens - row.message, self.max_total_tokens - row.sampled, self.max_len - len(row))
+        steps = min(DECODE_STEPS_PER_SYNC[device.type], *(min(
+            self.max_new_tokens - row.message, self.max_sampled_tokens - row.sampled, self.max_len - len(row))
             for row in self.live))
         uniform = np.stack([row.uniform[row.sampled:row.sampled + steps] for row in self.live])
         uniform = torch.from_numpy(uniform).to(device)  # [B, steps]
         state = [[row.pending[0], row.cached, len(row.prefix.ids)] for row in self.live]
         ids, place, start = torch.tensor(state, device=device).T  # [B] each
         longest, groups, said = max(row.cached for row in self.live) + 1, self._groups(), []
-        over = torch.zeros(B, dtype=torch.bool, device=device)  # [B] whose message has ended in this burst
+        finished = torch.zeros(B, dtype=torch.bool, device=device)  # [B] whose message has ended in this burst
         for i in range(steps):
             behind = torch.arange(longest + i, device=device) > place[:, None, None, None]  # [B, 1, 1, T]
             hidden = hidden_states(policy.model, ids, place + start,
-                                   Decode(self.own, place, behind, groups))  # [B, hidden]
+                                   Decode(self.row_kv, place, behind, groups))  # [B, hidden]
             logits = masked_logits(hidden, self.head, policy.banned, self.temperature)  # [B, V]
-            tokens, logps = draw(logits, uniform[:, i], greedy=self.temperature == 0)  # [B] each
-            said.append(torch.stack([tokens.double(), logps.double()]))  # exact for ids and for fp32
-            ids = torch.where(over, ids, tokens)  # a row that is over repeats its last token at its place
-            place = place + (~over).long()
-            over = over | self.ends[tokens]
+            tokens, logprobs = sample_token(logits, uniform[:, i], greedy=self.temperature == 0)  # [B] each
+            said.append(torch.stack([tokens.double(), logprobs.double()]))  # exact for ids and for fp32
+            ids = torch.where(finished, ids, tokens)  # a row that has finished repeats its last token at its place
+            place = place + (~finished).long()
+            finished = finished | self.stop_mask[tokens]
         said = torch.stack(said).cpu()  # the one copy to the host
         if said.isnan().any():
             raise BfclError(f"{policy.name}: its logits are NaN. Its weights are broken, which too large a "
@@ -511,12 +515,12 @@ class Sampler:
         return [(prefix, torch.tensor(rows, device=self.policy.device)) for prefix, rows in members.items()]
 
     # step 4
-    def hear(self, said):
+    def process_outputs(self, outputs):
         """Take each row's new tokens up to the end of its message."""
         for b, row in enumerate(self.live):
-            for ids, logps in said:
+            for ids, logprobs in outputs:
                 token = int(ids[b])
-                row.append([token], [logps[b]])
+                row.append([token], [logprobs[b]])
                 row.pending, row.cached = [token], row.cached + 1
                 row.message, row.sampled = row.message + 1, row.sampled + 1
                 if self._message_ends(row, token):
@@ -527,13 +531,13 @@ class Sampler:
         stopped = token in self.policy.chat.stop_ids
         if stopped:
             self._act(row)
-        elif token in self.policy.chat.header_ids:
+        elif token in self.policy.chat.forbidden_ids:
             row.reason = "malformed"  # it would open a message that nobody asked for
-        elif row.message >= self.max_turn_tokens:
+        elif row.message >= self.max_new_tokens:
             row.reason = "turn_tokens"
         elif len(row) >= self.max_len:
             row.reason = "context"
-        if row.reason is None and row.sampled >= self.max_total_tokens:
+        if row.reason is None and row.sampled >= self.max_sampled_tokens:
             row.reason = "total_tokens"
         return stopped or row.reason is not None
 
@@ -547,7 +551,7 @@ class Sampler:
         if step.done:
             row.reason = step.reason or "done"
             return
-        answer = self.policy.chat.following(answer_messages(step))
+        answer = self.policy.chat.render_env_reply(answer_messages(step))
         if len(row) + len(answer) >= self.max_len:
             row.reason = "context"
             return
@@ -555,21 +559,21 @@ class Sampler:
         row.pending += answer
 
     # step 5
-    def leave(self, reward):
+    def pop_finished(self, reward):
         """Yield (index, trajectory) of the rows that have ended; the last row moves into each freed slot."""
         for b in reversed(range(len(self.live))):
             if self.live[b].reason:
-                self.ended.append(self.live[b])
+                self.finished.append(self.live[b])
                 last = self.live.pop()
                 if b < len(self.live):
                     self.live[b] = last
-                    self.own[:, :, b, :, :last.cached] = self.own[:, :, len(self.live), :, :last.cached]
-        while self.ended:
-            row = self.ended.pop()
+                    self.row_kv[:, :, b, :, :last.cached] = self.row_kv[:, :, len(self.live), :, :last.cached]
+        while self.finished:
+            row = self.finished.pop()
             verdict, P = row.env.verdict(), len(row.prefix.ids)
             yield row.index, Trajectory(
-                task=getattr(row.env, "id", str(row.index)), reward_token=row.token,
-                ids=[*row.prefix.ids, *row.ids], mask=[0] * P + row.mask, logps=[0.0] * P + row.logps,
+                task=getattr(row.env, "id", str(row.index)), reward_token=row.reward_token,
+                ids=[*row.prefix.ids, *row.ids], loss_mask=[0] * P + row.loss_mask, logprobs=[0.0] * P + row.logprobs,
                 reward=float(verdict.reward(reward)), reason=row.reason, verdict=vars(verdict),
                 steps=row.steps, calls=row.calls)
 
@@ -587,10 +591,10 @@ def rollout(policy: "Policy", envs, reward_tokens: list[str | None], keys: list[
     Errors: BfclError if kv_gb does not hold one conversation."""
     sampler = Sampler(policy, **limits)
     out = [None] * len(envs)
-    sampler.open(envs, reward_tokens, keys or [(0, i) for i in range(len(envs))])
+    sampler.add_requests(envs, reward_tokens, keys or [(0, i) for i in range(len(envs))])
     bar = tqdm(total=len(envs), desc=progress, disable=progress is None)
     while True:
-        for index, trajectory in sampler.leave(reward):
+        for index, trajectory in sampler.pop_finished(reward):
             out[index] = trajectory
             if on_end:
                 on_end(index, trajectory)
@@ -598,7 +602,7 @@ def rollout(policy: "Policy", envs, reward_tokens: list[str | None], keys: list[
         sampler.admit()
         if not sampler.live:
             break
-        sampler.hear(sampler.forward())
+        sampler.process_outputs(sampler.forward())
     bar.close()
     return out
 
@@ -611,13 +615,13 @@ def answer_messages(step) -> list[dict]:
     return said
 
 
-def fitting(policy: "Policy", tasks, make_env, max_len):
+def filter_overlong(policy: "Policy", tasks, make_env, max_len):
     """The tasks whose opening leaves room for an answer. Errors: BfclError if there is none."""
     limit = min(max_len, policy.max_len)
     fits = [task for task in tasks
-            if len(policy.chat.opening(make_env(task).messages(), "high")) + 1 < limit]
+            if len(policy.chat.render_prompt(make_env(task).messages(), "high")) + 1 < limit]
     if tasks and not fits:
-        raise BfclError(f"no task's opening fits in {limit} tokens: raise --max_len or take smaller --docs")
+        raise BfclError(f"no task's opening fits in {limit} tokens: raise --max_len or take smaller --tool_docs")
     return fits
 
 
@@ -636,9 +640,9 @@ class Pack:
     layout: Packed
     ids: torch.Tensor  # [N]
     positions: torch.Tensor  # [N], restarting at P in every branch
-    source: torch.Tensor  # [M] the token whose hidden state predicts a loss position
-    target: torch.Tensor  # [M] the id found there
-    owner: torch.Tensor  # [M] index of its trajectory in the list given to `pack`
+    logits_indices: torch.Tensor  # [M] the token whose hidden state predicts a loss position
+    targets: torch.Tensor  # [M] the id found there
+    owners: torch.Tensor  # [M] index of its trajectory in the list given to `pack`
     sampled_logp: torch.Tensor  # [M] at which the sampler drew it
     # What stage 2 fills in, [M] each:
     advantage: torch.Tensor | None = None
@@ -657,7 +661,7 @@ def common_prefix(a, b):
 
 def _prompt(t):
     """What stands before the first token that the model said: the most that trajectories can share."""
-    return t.ids[:t.mask.index(1)]
+    return t.ids[:t.loss_mask.index(1)]
 
 
 def pack(trajectories: list[Trajectory], budget=8192, device="cpu") -> list[Pack]:
@@ -666,7 +670,7 @@ def pack(trajectories: list[Trajectory], budget=8192, device="cpu") -> list[Pack
     Sorted by ids, so that those with a common start are neighbours; one joins the open pack when that saves
     tokens. Trajectories in which the model said nothing carry no loss and are dropped.
     Errors: BfclError for one longer than the budget."""
-    order = sorted((i for i, t in enumerate(trajectories) if 1 in t.mask), key=lambda i: trajectories[i].ids)
+    order = sorted((i for i, t in enumerate(trajectories) if 1 in t.loss_mask), key=lambda i: trajectories[i].ids)
     packs, members, prefix, size = [], [], 0, 0
     for i in order:
         t = trajectories[i]
@@ -690,26 +694,26 @@ def pack(trajectories: list[Trajectory], budget=8192, device="cpu") -> list[Pack
 def _pack(trajectories, members, prefix, device):
     ids = list(trajectories[members[0]].ids[:prefix])
     positions, spans = list(range(prefix)), []
-    source, target, owner, logps = [], [], [], []
+    logits_indices, targets, owners, logprobs = [], [], [], []
     for i in members:
         t, start = trajectories[i], len(ids)
         ids += t.ids[prefix:]
         positions += range(prefix, len(t.ids))
         spans.append((start, len(ids)))
-        for place in range(prefix, len(t.ids)):
-            if t.mask[place]:
-                here = start + place - prefix
+        for pos in range(prefix, len(t.ids)):
+            if t.loss_mask[pos]:
+                here = start + pos - prefix
                 # The token before the first of a branch is the prefix's last.
-                source.append(here - 1 if place > prefix else prefix - 1)
-                target.append(t.ids[place])
-                owner.append(i)
-                logps.append(t.logps[place])
+                logits_indices.append(here - 1 if pos > prefix else prefix - 1)
+                targets.append(t.ids[pos])
+                owners.append(i)
+                logprobs.append(t.logprobs[pos])
     whole = [torch.tensor(x, dtype=torch.long, device=device)
-             for x in (ids, positions, source, target, owner)]
-    return Pack(Packed(prefix, spans), *whole, torch.tensor(logps, device=device))
+             for x in (ids, positions, logits_indices, targets, owners)]
+    return Pack(Packed(prefix, spans), *whole, torch.tensor(logprobs, device=device))
 
 
-def idle_pack(device) -> Pack:
+def dummy_pack(device) -> Pack:
     """A forward without loss positions, for a rank that has less to do than another."""
     return _pack([Trajectory("", None, [0, 0], [0, 0], [0.0, 0.0], 0.0, "", {})], [0], 1, device)
 
@@ -721,15 +725,15 @@ def token_logprobs(model, pack: Pack, banned, temperature=1.0, entropy=False, ch
     Returns logp [M] with gradient and, if asked for, the entropies [M] without. The head runs on loss
     positions only, `chunk` at a time and again in the backward pass: no [N, V] tensor exists."""
     hidden = hidden_states(model, pack.ids, pack.positions, pack.layout)  # [N, hidden]
-    head = head_of(model)  # [V, hidden]
+    head = lm_head_weight(model)  # [V, hidden]
 
-    def of_chunk(h, target):  # [m, hidden], [m] -> [m], [m]
+    def of_chunk(h, targets):  # [m, hidden], [m] -> [m], [m]
         logp = masked_logits(h, head, banned, temperature).log_softmax(-1)  # [m, V]
         with torch.no_grad():
             spread = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1) if entropy else torch.zeros(len(h))
-        return logp.gather(1, target[:, None])[:, 0], spread
-    pieces = [checkpoint(of_chunk, h, target, use_reentrant=False)
-              for h, target in zip(hidden[pack.source].split(chunk), pack.target.split(chunk))]
+        return logp.gather(1, targets[:, None])[:, 0], spread
+    pieces = [checkpoint(of_chunk, h, targets, use_reentrant=False)
+              for h, targets in zip(hidden[pack.logits_indices].split(chunk), pack.targets.split(chunk))]
     logp, spread = (torch.cat(x) for x in zip(*pieces))
     return (logp, spread) if entropy else logp
 
@@ -790,8 +794,8 @@ class Chat:
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.stop_ids = {self.stop_id} | special.intersection(ends)
         # Any other special token that is sampled would open a message that nobody asked for.
-        marks = {self.added.get(mark) for style in bfcl_env.STYLES.values() for mark in style.marks}
-        self.header_ids = special - self.stop_ids - marks
+        marks = {self.added.get(mark) for call_format in bfcl_env.CALL_FORMATS.values() for mark in call_format.marks}
+        self.forbidden_ids = special - self.stop_ids - marks
 
     def _find_stop(self):
         """The control token that ends an assistant message."""
@@ -817,10 +821,10 @@ class Chat:
         whole = self._text([user, said], self.TOOLS, prompt=False)
         said = whole.removeprefix(prompt).rstrip()
         said = re.sub(f"({self.control.pattern})$", "", said)  # without its stop
-        for name, style in bfcl_env.STYLES.items():
+        for name, call_format in bfcl_env.CALL_FORMATS.items():
             with contextlib.suppress(CallSyntaxError):
                 read = bfcl_env.parse_calls(said, name)
-                if style.native and [str(call) for call in read] == ["probe_one(n=1)"]:
+                if call_format.native and [str(call) for call in read] == ["probe_one(n=1)"]:
                     return name
         raise BfclError("it writes calls in a form that is not read here")
 
@@ -839,8 +843,8 @@ class Chat:
             if message["content"] not in whole:
                 raise BfclError(f"it drops {message['role']} messages")
         said[1]["tools"] = self.tools
-        pieces = [self.opening(said[:2], None), self.assistant(said[2]["content"]), self.following(said[3:5]),
-                  self.assistant(said[5]["content"]), self.following(said[6:])]
+        pieces = [self.render_prompt(said[:2], None), self.render_assistant(said[2]["content"]), self.render_env_reply(said[3:5]),
+                  self.render_assistant(said[5]["content"]), self.render_env_reply(said[6:])]
         # Where thinking is off, some templates write the empty thought in the last message only.
         thought = self._encode(prompt[prompt.index("<think>"):]) if "<think>" in prompt else []
         joined = sum(pieces, [])
@@ -880,7 +884,7 @@ class Chat:
                 end = m.end()
         return ids
 
-    def opening(self, messages: list[dict], reward_token: str | None) -> list[int]:
+    def render_prompt(self, messages: list[dict], reward_token: str | None) -> list[int]:
         """Ids of the conversation up to the generation prompt; `reward_token` is "high", "low" or None."""
         tools = next((m["tools"] for m in messages if m.get("tools")), None)
         tools = tools and json.loads(self._protect(json.dumps(tools, ensure_ascii=False)))
@@ -890,14 +894,14 @@ class Chat:
             user["content"] += REWARD_GOAL.format(REWARD_TOKENS[reward_token])
         return self._encode(self._text(messages, tools))
 
-    def assistant(self, text) -> list[int]:
+    def render_assistant(self, text) -> list[int]:
         """Ids of a written (not sampled) assistant message with its stop token. The markers of a JSON call
         are the model's own vocabulary; any other control token inside stays text."""
         pieces = re.split("(</?tool_call>)", text)
         text = "".join(p if i % 2 else self._protect(p) for i, p in enumerate(pieces))
         return self._encode(text) + [self.stop_id]
 
-    def following(self, messages: list[dict]) -> list[int]:
+    def render_env_reply(self, messages: list[dict]) -> list[int]:
         """Ids of what the world says after an assistant message (its stop token not repeated), up to the next
         generation prompt."""
         protected = [{**m, "content": self._protect(m["content"])} for m in self._as_heard(messages)]
@@ -917,17 +921,17 @@ def _dated(template, date):
 
 # ---- The policy --------------------------------------------------------------------------------------------
 @dataclass
-class Contract:
-    """What a stage leaves in CONTRACT beside its weights for the next stage and the evaluation. A model from
+class StageInfo:
+    """What a stage leaves in STAGE_INFO beside its weights for the next stage and the evaluation. A model from
     elsewhere has none: `stage` is None then."""
     stage: str | None = None  # "rctp" (stage 1) or "rcgrpo" (stage 2)
     base_model: str | None = None  # what stage 1 started from
-    docs: str | None = None
-    style: str | None = None
+    tool_docs: str | None = None
+    call_format: str | None = None
     protocol: str | None = None
     arm: str | None = None  # of stage 1: rctp, mixed or sft
-    source: str | None = None  # of stage 1's trajectories: written, or a model's rollouts
-    tokens: tuple = ()  # that stage 1's prompts carried: high, low, none
+    data_source: str | None = None  # of stage 1's trajectories: written, or a model's rollouts
+    stage1_reward_tokens: tuple = ()  # that stage 1's prompts carried: high, low, none
     tasks: tuple = ()  # ids that were trained on
     thinking: str | None = None  # what `Chat` takes: on or off
     date: str | None = None  # and for today
@@ -936,18 +940,18 @@ class Contract:
     # of stage 2:
     reward_tokens: str | None = None  # mixed, high, low or none
     advantage: str | None = None
-    resample: int = 0
+    dynamic_sampling: int = 0
     rollouts: int = 0  # in all, those of groups that were drawn again included
     minutes: float = 0.0  # what the steps took
 
 
-def read_contract(directory):
-    """Errors: BfclError for a file that is not of this version."""
-    path = Path(directory) / CONTRACT
+def read_stage_info(directory):
+    """Errors: BfclError for a file of another version."""
+    path = Path(directory) / STAGE_INFO
     if not path.is_file():
-        return Contract()
+        return StageInfo()
     try:
-        return Contract(**json.loads(path.read_text()))
+        return StageInfo(**json.loads(path.read_text()))
     except (TypeError, ValueError) as error:
         raise BfclError(f"{path} is not of this version ({error}): train that stage again") from None
 
@@ -961,7 +965,7 @@ class Policy:
     chat: Chat
     reward_ids: dict[str, int]
     banned: torch.Tensor  # [V] bool: what may never be sampled
-    contract: Contract
+    stage_info: StageInfo
     gaps: dict | None = None  # the largest log-prob differences that `check_layouts` found, where it ran
 
     @property
@@ -979,14 +983,14 @@ class Policy:
             limits.append(rope["original_max_position_embeddings"])
         return min(limit for limit in limits if limit)
 
-    def style(self, wanted="auto"):
+    def call_format(self, wanted="auto"):
         """How calls are written: as wanted, as the stage before did, or as the template does (`Chat.why`).
         Errors: BfclError for a native style that is not the template's own."""
-        style = wanted if wanted != "auto" else self.contract.style or self.chat.native or "python"
-        if style not in ("python", self.chat.native):
-            raise BfclError(f"this model's chat template does not serve --style {style} ({self.chat.why}): "
-                            f"give --style {self.chat.native or 'python'}")
-        return style
+        call_format = wanted if wanted != "auto" else self.stage_info.call_format or self.chat.native or "python"
+        if call_format not in ("python", self.chat.native):
+            raise BfclError(f"this model's chat template does not serve --call_format {call_format} ({self.chat.why}): "
+                            f"give --call_format {self.chat.native or 'python'}")
+        return call_format
 
 
 def compute_dtype(flag, device: torch.device):
@@ -1071,20 +1075,20 @@ def make_policy(name, model, tokenizer, thinking=None, check=True) -> Policy:
         raise BfclError(f"{name} ({config.model_type}) is multimodal, has {sorted(kinds)} or a head that is "
                         "more than a matrix: only text models with causal attention are served; take a "
                         "Llama, Qwen2 or Qwen3 style model")
-    contract = read_contract(name)
-    if contract.thinking and thinking not in (None, contract.thinking):
-        raise BfclError(f"{name} was trained with --thinking {contract.thinking}: leave --thinking away")
+    stage_info = read_stage_info(name)
+    if stage_info.thinking and thinking not in (None, stage_info.thinking):
+        raise BfclError(f"{name} was trained with --thinking {stage_info.thinking}: leave --thinking away")
     add_reward_tokens(model, tokenizer)
-    before = "on" if contract.stage else "off"  # stages that kept nothing of it left thinking on
-    chat = Chat(tokenizer, thinking or contract.thinking or before, contract.date or DATE,
+    before = "on" if stage_info.stage else "off"  # stages that kept nothing of it left thinking on
+    chat = Chat(tokenizer, thinking or stage_info.thinking or before, stage_info.date or DATE,
                 np.atleast_1d(model.generation_config.eos_token_id).tolist())
     reward_ids = {k: tokenizer.convert_tokens_to_ids(text) for k, text in REWARD_TOKENS.items()}
     banned = torch.ones(model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
     banned[sorted(set(tokenizer.get_vocab().values()) - set(reward_ids.values()))] = False
-    trained_with = (contract.reward_ids, contract.template_sha256)
-    if contract.stage and trained_with != (reward_ids, chat.fingerprint):
+    trained_with = (stage_info.reward_ids, stage_info.template_sha256)
+    if stage_info.stage and trained_with != (reward_ids, chat.fingerprint):
         raise BfclError(f"{name}: its tokenizer or chat template is not the one that it was trained with")
-    policy = Policy(name, model.eval(), tokenizer, chat, reward_ids, banned.to(model.device), contract)
+    policy = Policy(name, model.eval(), tokenizer, chat, reward_ids, banned.to(model.device), stage_info)
     try:
         plain = plain_logprobs(policy) if check else None  # before its attention is replaced
         model.set_attn_implementation("shared_prefix")
@@ -1115,7 +1119,7 @@ def check_layouts(policy, ids, plain, rounding):
     """The largest log-prob differences between the model's own forward and the same 16 tokens by prefill,
     decode step and packed path. Errors: ValueError if one is more than rounding explains."""
     model, config, banned, tokens = policy.model, policy.model.config, policy.banned, ids.tolist()
-    P, head = 8, head_of(model)
+    P, head = 8, lm_head_weight(model)
     shape = config.num_hidden_layers, 2, config.num_key_value_heads, P, head_dim(config)
     shared, own = torch.full((2, *shape), float("nan"), dtype=model.dtype, device=policy.device)
 
@@ -1242,7 +1246,7 @@ def tiny_config(config=LlamaConfig, **changes):
 def transcript(t: Trajectory, tokenizer):
     """A trajectory as text: what the model said stands in [[double brackets]], a long prompt is folded."""
     parts = []
-    for said, ids in t.stretches():
+    for said, ids in t.segments():
         text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         parts.append(f"[[{text}]]" if said else folded(text, len(ids)))
     ending = (f"{t.task} | token {t.reward_token or 'none'} | {t.reason} | {t.steps} messages, {t.calls} "
@@ -1258,13 +1262,13 @@ def folded(text, tokens):
 def describe(policy: Policy, env):
     """What is known of a model, line by line, and how it reads the opening of a conversation in `env`."""
     chat, tokenizer, rows = policy.chat, policy.tokenizer, len(policy.banned)
-    ids = chat.opening(env.messages(), "high")
+    ids = chat.render_prompt(env.messages(), "high")
     ends = sorted(chat.stop_ids)
     gaps = ", ".join(f"{path} {gap:.2g}" for path, gap in policy.gaps.items())
     return f"""architecture       {policy.model.config.model_type}, {policy.model.dtype}
 context            {policy.max_len} tokens
 chat template      sha256 {chat.fingerprint[:12]}, today is {chat.date}, thinking {chat.thinking}
-style of calls     {env.style} ({chat.why})
+style of calls     {env.call_format} ({chat.why})
 ends of a message  {', '.join(tokenizer.convert_ids_to_tokens(ends))} {ends}
 vocabulary         {len(tokenizer)} tokens in {rows} rows, {rows - len(tokenizer)} of them padding
 reward tokens      {policy.reward_ids}
@@ -1290,9 +1294,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser):
     add = parser.add_argument_group("sampling").add_argument
     add("--temperature", default=1.0, type=number(float, 0, 10),
         help="of the softmax; 0: greedy (default: %(default)s)")
-    add("--max_turn_tokens", default=256, type=number(int, 1),
+    add("--max_new_tokens", default=256, type=number(int, 1),
         help="tokens of one model message; a longer one ends its rollout (default: %(default)s)")
-    add("--max_total_tokens", default=2048, type=number(int, 1),
+    add("--max_sampled_tokens", default=2048, type=number(int, 1),
         help="sampled tokens a rollout (default: %(default)s)")
     add("--max_len", default=8192, type=number(int, 16),
         help="tokens of a conversation, at most the model's context (default: %(default)s)")
@@ -1306,7 +1310,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser):
 
 def sampling(args):
     """The keyword arguments of `rollout` that these flags give."""
-    names = ("temperature", "max_turn_tokens", "max_total_tokens", "max_len", "kv_gb", "reward")
+    names = ("temperature", "max_new_tokens", "max_sampled_tokens", "max_len", "kv_gb", "reward")
     return {name: getattr(args, name) for name in names}
 
 
@@ -1337,16 +1341,16 @@ def run_main(main):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Print rollouts, one a task; or what is known of a model.")
+    parser = bfcl_env.Parser("Print rollouts, one a task; or what is known of a model.")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="a run's model/, a model directory or hub id")
     parser.add_argument("--check", metavar="MODEL", help="print how this model would be used, and stop")
     parser.add_argument("--reward_tokens", default="high", choices=["high", "low", "none"])
     add_sampling_flags(parser)
-    bfcl_env.add_world_flags(parser, tasks="multi_turn_base_0")
+    bfcl_env.add_env_flags(parser, tasks="multi_turn_base_0")
     args = parser.parse_args()
     tasks = bfcl_env.select_tasks(args)
     policy = load_policy(args.check or args.model, thinking=args.thinking)
-    make_env = bfcl_env.env_maker(args, policy.style(args.style))
+    make_env = bfcl_env.make_env_fn(args, policy.call_format(args.call_format))
     if args.check:
         print(describe(policy, make_env(tasks[0])))
         return

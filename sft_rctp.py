@@ -1,7 +1,7 @@
 """The policy learning; stage 1: Reward-Conditioned Trajectory Policy fine-tuning (RCTP-FT, arXiv 2602.03025).
 
     torchrun sft_rctp.py                                  # the default model, training part of the split
-    torchrun --nproc_per_node 8 sft_rctp.py --model Qwen/Qwen2.5-7B-Instruct --docs full
+    torchrun --nproc_per_node 8 sft_rctp.py --model Qwen/Qwen2.5-7B-Instruct --tool_docs full
 
 Stage 1 teaches one policy both to succeed and to fail, and which of the two from one token in the prompt:
 
@@ -51,37 +51,37 @@ from tqdm import tqdm
 
 import rollout as sampler
 from bfcl_env import BfclError, Call, Episode, judge, write_calls
-from rollout import (CONTRACT, Contract, Pack, Trajectory, check_model, checksum, compute_dtype, load_policy,
+from rollout import (STAGE_INFO, StageInfo, Pack, Trajectory, check_model, checksum, compute_dtype, load_policy,
                      mean_reward, number, pack, rollout, run_main, token_logprobs, transcript)
 
 # Two transcriptions of the paper's hyper-parameters.
-PRESETS = {"appendix": dict(lr=1e-5, batch=16, epochs=5), "notes": dict(lr=5e-5, batch=32, epochs=3)}
-TOKENS = {"rctp": ["high", "low", None], "mixed": [None], "sft": [None]}  # what an arm's prompts carry
+PRESETS = {"appendix": dict(lr=1e-5, batch_size=16, epochs=5), "notes": dict(lr=5e-5, batch_size=32, epochs=3)}
+ARM_REWARD_TOKENS = {"rctp": ["high", "low", None], "mixed": [None], "sft": [None]}  # what an arm's prompts carry
 MICROBATCH = {"cpu": 8192, "cuda": 16384}  # tokens a forward, by default
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 MAX_GRAD_NORM = 1.0  # larger gradients are scaled down to it
 # Flags that change no weight, and names of what is compared by its content.
-FREE = ("out", "model", "init", "rollouts", "save_every", "keep", "tracker")
-SHOWN = ("loss", "reward", "rc/reward_high", "rc/reward_low", "frac_reward_zero_std", "rc/var_within_tokens",
+IGNORED_ON_RESUME = ("out", "model", "rollouts", "save_every", "save_total_limit", "tracker")
+CONSOLE_METRICS = ("loss", "reward", "rc/reward_high", "rc/reward_low", "frac_reward_zero_std", "rc/var_within_tokens",
          "rc/var_between_tokens", "kl", "entropy", "grad_norm", "eval/reward_high", "eval/reward_low",
          "eval/reward_none", "step_time")  # on the console and in curves.png
 
 
 # ---- Ranks and sharding ------------------------------------------------------------------------------------
 @dataclass
-class Ranks:
+class Distributed:
     """Who this process is among those of a run. Plain `python` is one of one; every path is the same."""
     rank: int
     size: int
     device: torch.device
-    lock: object = None  # an open file, see `claim`
+    lock: object = None  # an open file, see `lock_run_dir`
 
     @property
-    def main(self):
+    def is_main(self):
         return self.rank == 0
 
-    def say(self, text):
-        if self.main:
+    def print0(self, text):
+        if self.is_main:
             print(text, flush=True)
 
     def all_reduce(self, value, op=dist.ReduceOp.SUM):
@@ -95,20 +95,20 @@ class Ranks:
         dist.all_gather_object(parts, values)
         return [value for part in parts for value in part]
 
-    def first(self, value):
+    def broadcast(self, value):
         """Rank 0's value, on every rank."""
         box = [value]
         dist.broadcast_object_list(box)
         return box[0]
 
-    def fail_together(self, complaint: str | None):
+    def raise_together(self, complaint: str | None):
         """Errors: BfclError on every rank if any complains. One that failed alone would hang the rest."""
         complaints = [text for text in self.gather([complaint]) if text]
         if complaints:
             raise BfclError(complaints[0])
 
 
-def start_ranks() -> Ranks:
+def init_distributed() -> Distributed:
     """Errors: BfclError if a launcher other than torchrun left out which GPU is this rank's, or if ranks share
     a GPU."""
     if ("RANK" in os.environ) != ("LOCAL_RANK" in os.environ):
@@ -123,13 +123,13 @@ def start_ranks() -> Ranks:
         backend = "cpu:gloo,cuda:nccl"
     # Ranks end their rollouts at different times: hours, not the default 10 minutes, may lie between them.
     dist.init_process_group(backend, timeout=datetime.timedelta(days=7), **options)
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), device)
+    distributed = Distributed(dist.get_rank(), dist.get_world_size(), device)
     if device.type == "cuda":
-        gpus = ranks.gather([str(torch.cuda.get_device_properties(device).uuid)])
+        gpus = distributed.gather([str(torch.cuda.get_device_properties(device).uuid)])
         if len(set(gpus)) < len(gpus):
             raise BfclError(f"{len(gpus)} ranks share {len(set(gpus))} GPUs: start one rank per GPU, with "
                             "--nproc_per_node of torchrun")
-    return ranks
+    return distributed
 
 
 def local_device():
@@ -145,19 +145,19 @@ def local_device():
     return torch.device("cuda", index)
 
 
-def clock(device):
+def synced_time(device):
     """Seconds, after what the device was given is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.monotonic()
 
 
-def checkpointed(model, flag):
+def use_gradient_checkpointing(model, flag):
     """What --gradient_checkpointing means; without it 7B do not fit on a 141 GB card beside their moments."""
     return flag == "on" or flag == "auto" and model.num_parameters() > 1e9
 
 
-def learner(policy, args, dtype, ranks):
+def shard_model(policy, args, dtype, distributed):
     """(model, optimizer) to train a policy that lies in fp32 on the host: FSDP2 over all ranks, each moves
     its part; fp32 masters, `dtype` compute, fp32 reduction. The weights are those of rank 0, others need
     none. `token_logprobs` becomes a method.
@@ -165,16 +165,16 @@ def learner(policy, args, dtype, ranks):
     AdamW without weight decay; beta2 0.95, since at 0.999 a short run never forgets its large first
     gradients, and its steps stay small."""
     model = policy.model
-    if checkpointed(model, args.gradient_checkpointing):
+    if use_gradient_checkpointing(model, args.gradient_checkpointing):
         # The second is its name in older versions of transformers.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     whole = {name: p.detach() for name, p in model.named_parameters()}
-    mesh = torch.distributed.init_device_mesh(ranks.device.type, (ranks.size,))
+    mesh = torch.distributed.init_device_mesh(distributed.device.type, (distributed.size,))
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for part in [*model.model.layers, model]:  # a layer's weights are gathered when it runs
         fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
     for name, p in model.named_parameters():
-        source = whole.pop(name).to(ranks.device)  # counts on rank 0 only
+        source = whole.pop(name).to(distributed.device)  # counts on rank 0 only
         p.detach().to_local().copy_(distribute_tensor(source, mesh, p.placements).to_local())
     model.token_logprobs = types.MethodType(token_logprobs, model)
     register_fsdp_forward_method(model, "token_logprobs")  # calls inner modules: gather the root's weights
@@ -183,9 +183,9 @@ def learner(policy, args, dtype, ranks):
 
 
 @torch.no_grad()
-def copy_weights(target, model, kept=None):
+def load_full_weights(target, model, kept=None):
     """Fill the whole model `target`, one parameter at a time, from the sharded `model`, or from the shards of
-    it that `keep_weights` has put aside."""
+    it that `offload_shards` has put aside."""
     torch.cuda.empty_cache()  # blocks of an update, into which no whole parameter fits
     for p, (name, shard) in zip(target.parameters(), model.named_parameters(), strict=True):
         if kept:
@@ -197,7 +197,7 @@ def copy_weights(target, model, kept=None):
         p.copy_(whole)  # in the target's dtype
 
 
-def keep_weights(model, dtype):
+def offload_shards(model, dtype):
     """This rank's shards in host memory: views of one flat buffer. Where a GPU is, its pages are pinned, so
     that the GPU fetches them quickly; torch's own pinned blocks would be rounded up to powers of two. They
     stay pinned as long as the process lives."""
@@ -212,8 +212,8 @@ def keep_weights(model, dtype):
     return kept
 
 
-def release_weights(model):
-    """Give the memory of a whole model back until the next `copy_weights`, and what rollouts left: their
+def free_weights(model):
+    """Give the memory of a whole model back until the next `load_full_weights`, and what rollouts left: their
     blocks fit no update."""
     for p in model.parameters():
         p.data = p.data.new_empty(0)
@@ -221,15 +221,15 @@ def release_weights(model):
 
 
 # ---- The update --------------------------------------------------------------------------------------------
-def with_idle(packs: list[Pack], ranks) -> list[Pack]:
+def pad_packs(packs: list[Pack], distributed) -> list[Pack]:
     """The packs, and as many idle ones as another rank has more: sharded forwards are collective, so every
     rank makes the same number."""
-    count = int(ranks.all_reduce(max(1, len(packs)), dist.ReduceOp.MAX))
-    return packs + [sampler.idle_pack(ranks.device)] * (count - len(packs))
+    count = int(distributed.all_reduce(max(1, len(packs)), dist.ReduceOp.MAX))
+    return packs + [sampler.dummy_pack(distributed.device)] * (count - len(packs))
 
 
-def update(model, optimizer, packs: list[Pack], loss_of, ranks) -> tuple[float, float]:
-    """One optimizer step over this rank's packs, made as many on every rank by `with_idle`. Returns the
+def optimizer_step(model, optimizer, packs: list[Pack], loss_of, distributed) -> tuple[float, float]:
+    """One optimizer step over this rank's packs, made as many on every rank by `pad_packs`. Returns the
     gradient's norm and the loss, over all ranks; if one is not finite the step is skipped, the norm is NaN.
 
     loss_of(pack) -> scalar whose sum over the packs of all ranks is the loss: the gradient depends neither on
@@ -238,9 +238,9 @@ def update(model, optimizer, packs: list[Pack], loss_of, ranks) -> tuple[float, 
     for p in packs:
         loss = loss_of(p)
         total += loss.item()  # of this rank
-        (loss * ranks.size).backward()  # FSDP averages over ranks, this is a sum
+        (loss * distributed.size).backward()  # FSDP averages over ranks, this is a sum
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM).full_tensor().item()
-    total = ranks.all_reduce(total)
+    total = distributed.all_reduce(total)
     if math.isfinite(total + norm):  # the same numbers on every rank
         optimizer.step()
     else:
@@ -249,18 +249,18 @@ def update(model, optimizer, packs: list[Pack], loss_of, ranks) -> tuple[float, 
     return norm, total
 
 
-def learning_rate(step, peak, total, decay=0):
+def get_lr(step, peak, total, decay=0):
     """Of step 1, 2, ..., total: it rises over WARMUP, stays, falls towards 0 in the last `decay` steps."""
     return peak * min(1.0, step / max(1, int(WARMUP * total)), (total - step + 1) / max(1, decay))
 
 
-def shuffled(n, start, count, seed) -> list[int]:
+def epoch_shuffle(n, start, count, seed) -> list[int]:
     """Items start to start + count - 1 of the endless sequence of shuffled passes over range(n): a run that
     resumes finds its place without having stored it.
 
-    >>> shuffled(3, 0, 4, seed=0) + shuffled(3, 4, 2, seed=0) == shuffled(3, 0, 6, seed=0)
+    >>> epoch_shuffle(3, 0, 4, seed=0) + epoch_shuffle(3, 4, 2, seed=0) == epoch_shuffle(3, 0, 6, seed=0)
     True
-    >>> sorted(shuffled(3, 3, 3, seed=0))
+    >>> sorted(epoch_shuffle(3, 3, 3, seed=0))
     [0, 1, 2]
     """
     order, first = [], start // n
@@ -278,7 +278,7 @@ def peak_memory_gb(device):
 
 
 # ---- The run's folder --------------------------------------------------------------------------------------
-def write(path, text):
+def atomic_write(path, text):
     """Written beside and renamed: a reader never sees half a file. What is no text becomes JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")  # what a kill may leave
@@ -286,53 +286,60 @@ def write(path, text):
     partial.replace(path)
 
 
-def claim(args, ranks):
+def lock_run_dir(args, distributed):
     """Make the folder --out, note in its config.json with what the run is made, and keep others out as long
     as this process lives: a command typed twice, or the workers that a killed torchrun leaves behind.
     Errors: BfclError, on every rank."""
     out, complaint = Path(args.out), None
-    if ranks.main:
+    if distributed.is_main:
         out.mkdir(parents=True, exist_ok=True)
-        ranks.lock = open(out / ".lock", "w")  # as long as it is open; the kernel closes it in any case
+        distributed.lock = open(out / ".lock", "w")  # as long as it is open; the kernel closes it in any case
         try:
-            fcntl.flock(ranks.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(distributed.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             complaint = f"another process is at work in {out}: wait for it, stop it, or give another --out"
-    ranks.fail_together(complaint)
+    distributed.raise_together(complaint)
     work = [*out.glob("metrics.jsonl"), *out.glob("*.rank*.jsonl")]
-    if ranks.main and not any(path.stat().st_size for path in work):  # nothing was done yet: begin anew
+    begun = any(path.stat().st_size for path in work)
+    if distributed.is_main and begun:
+        flags = json.loads((out / "config.json").read_text())["args"]
+        if flags.keys() != vars(args).keys():
+            complaint = f"{out} holds a run of another version of this code: give a new folder with --out"
+    distributed.raise_together(complaint)
+    if distributed.is_main and not begun:  # nothing was done yet: begin anew
         commit = ""
         with contextlib.suppress(OSError):  # no git on this machine
             commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], text=True,
                                     capture_output=True).stdout.strip()
         versions = {name: version(name) for name in ("torch", "transformers", "bfcl-eval")}
-        write(out / "config.json", {"args": vars(args), "commit": commit, "versions": versions,
-                                    "device": f"{ranks.size} x {ranks.device}"})
+        atomic_write(out / "config.json", {"args": vars(args), "commit": commit, "versions": versions,
+                                    "device": f"{distributed.size} x {distributed.device}"})
     return out
 
 
-def hold(out, ranks, facts):
+def check_same_run(out, distributed, facts):
     """Decide whether the folder holds this same run: facts that are new are noted in its config.json, those
     that stand there must be the same. Errors: BfclError on every rank, with what differs."""
     path, facts = out / "config.json", json.loads(json.dumps(facts))  # as they will be read back
-    config = json.loads(path.read_text()) if ranks.main else None
-    first, config = ranks.first((facts, config))  # all ranks must agree with it
+    config = json.loads(path.read_text()) if distributed.is_main else None
+    first, config = distributed.broadcast((facts, config))  # all ranks must agree with it
     expected, complaint = {**first, **config.get("same", {})}, None
     differ = [f"{k}: {expected[k]!r} there, {v!r} here" for k, v in facts.items() if v != expected[k]]
     if differ:
         complaint = (f"{out} holds another run ({'; '.join(differ)}): give a new folder with --out, or what "
                      "that run began with to go on with it")
-    ranks.fail_together(complaint)
-    if ranks.main:
-        write(path, {**config, "same": expected})
+    distributed.raise_together(complaint)
+    if distributed.is_main:
+        atomic_write(path, {**config, "same": expected})
 
 
-def begin_run(args, ranks):
+def begin_run(args, distributed):
     """Claim the run's folder, for a new run or the same one again."""
     if args.tracker != "none" and not importlib.util.find_spec(args.tracker):
         raise BfclError(f"--tracker {args.tracker}: pip install {args.tracker}")
-    out, data = claim(args, ranks), {"data_sha256": bfcl_env.data_sha256()}
-    hold(out, ranks, {name: value for name, value in vars(args).items() if name not in FREE} | data)
+    out = lock_run_dir(args, distributed)
+    settings = {name: value for name, value in vars(args).items() if name not in IGNORED_ON_RESUME}
+    check_same_run(out, distributed, settings)
     return out
 
 
@@ -341,13 +348,13 @@ class Checkpointer:
     """checkpoints/step_000010/: masters, moments of AdamW and, as the mark that all is there, done.json.
 
     The distributed format, so that any number of ranks can read it. Written beside and renamed. It holds no
-    random state, since every draw of a run is a function of (seed, step, ...). The newest `keep` stay."""
+    random state, since every draw of a run is a function of (seed, step, ...). The newest `save_total_limit` stay."""
 
     folder: Path
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    keep: int
-    ranks: Ranks
+    save_total_limit: int
+    distributed: Distributed
 
     def _tensors(self):
         tensors = {}
@@ -361,7 +368,7 @@ class Checkpointer:
                 tensors[f"{name}:{key}"] = value
         return tensors
 
-    def whole(self) -> list[Path]:
+    def complete(self) -> list[Path]:
         """Folders of the checkpoints that are complete, oldest first."""
         return sorted(path.parent for path in self.folder.glob("step_??????/done.json"))
 
@@ -371,27 +378,27 @@ class Checkpointer:
         partial = final.with_suffix(".partial")
         try:
             dcp.save(self._tensors(), checkpoint_id=partial)
-            if self.ranks.main:
-                write(partial / "done.json", {"step": step, **state})
+            if self.distributed.is_main:
+                atomic_write(partial / "done.json", {"step": step, **state})
                 shutil.rmtree(final, ignore_errors=True)
                 partial.rename(final)
         except (OSError, dcp.api.CheckpointException) as error:
             raise BfclError(f"the checkpoint of step {step} cannot be written to {self.folder}: "
                             f"{str(error).strip().splitlines()[-1]}; older ones are untouched, make room and "
                             "type the same command again")
-        for old in self.whole()[:-self.keep] if self.ranks.main else []:
+        for old in self.complete()[:-self.save_total_limit] if self.distributed.is_main else []:
             (old / "done.json").unlink()  # first the mark, then the rest
             shutil.rmtree(old)
 
     def load(self):
         """Fill model and optimizer from the newest; returns {"step": 10, **state}, or step 0 without one."""
         newest = []
-        if self.ranks.main:  # one rank looks
+        if self.distributed.is_main:  # one rank looks
             for path in self.folder.glob("step_*"):  # what a kill left, while saving or removing
-                if path not in self.whole():
+                if path not in self.complete():
                     shutil.rmtree(path)
-            newest = self.whole()[-1:]
-        newest = self.ranks.first(newest)
+            newest = self.complete()[-1:]
+        newest = self.distributed.broadcast(newest)
         if not newest:
             return {"step": 0}
         dcp.load(self._tensors(), checkpoint_id=newest[0])
@@ -405,7 +412,7 @@ class MetricsLogger:
     def __init__(self, out, done, args):
         self.path, self.track = out / "metrics.jsonl", lambda step, metrics: None
         lines = self.path.read_text().splitlines(keepends=True)[:done] if done else []  # one a step
-        write(self.path, "".join(lines))
+        atomic_write(self.path, "".join(lines))
         if args.tracker == "wandb":
             import wandb
             name = str(out).replace("/", "-")
@@ -421,17 +428,17 @@ class MetricsLogger:
     def log(self, step, total, metrics):
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        values = " | ".join(f"{name.split('/')[-1]} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
+        values = " | ".join(f"{name.split('/')[-1]} {metrics[name]:.4g}" for name in CONSOLE_METRICS if name in metrics)
         tqdm.write(f"step {step}/{total} | {values}")
         self.track(step, metrics)
 
 
 def plot_curves(out):
-    """curves.png from metrics.jsonl, one panel per metric of SHOWN that was logged."""
+    """curves.png from metrics.jsonl, one panel per metric of CONSOLE_METRICS that was logged."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]  # one a step
-    names = [name for name in SHOWN if any(name in line for line in lines)]
+    names = [name for name in CONSOLE_METRICS if any(name in line for line in lines)]
     figure, axes = plt.subplots(len(names), 1, sharex=True, squeeze=False, layout="constrained",
                                 figsize=(6, 1.5 * len(names)))
     for axis, name in zip(axes[:, 0], names):
@@ -441,20 +448,20 @@ def plot_curves(out):
     plt.close(figure)
 
 
-class Run:
+class TrainLoop:
     """The loop around the steps of a training run: goes on from the newest checkpoint, logs, saves, and stops
     with a checkpoint after the running step when Ctrl-C or SIGTERM asks for it. The same run, if it is
     finished, ends the process."""
 
-    def __init__(self, out, args, model, optimizer, total, ranks):
+    def __init__(self, out, args, model, optimizer, total, distributed):
         if (out / "model").exists():  # written last, see `end`
-            ranks.say(f"the run in {out} is finished: its model is {out}/model")
+            distributed.print0(f"the run in {out} is finished: its model is {out}/model")
             sys.exit()
-        self.out, self.args, self.model, self.total, self.ranks = out, args, model, total, ranks
-        self.checkpoints = Checkpointer(out / "checkpoints", model, optimizer, args.keep, ranks)
+        self.out, self.args, self.model, self.total, self.distributed = out, args, model, total, distributed
+        self.checkpoints = Checkpointer(out / "checkpoints", model, optimizer, args.save_total_limit, distributed)
         self.state = self.checkpoints.load()  # beside the tensors; stage 2 adds its cursor
         self.done = self.state.pop("step")  # steps that earlier processes made
-        self.logger = MetricsLogger(out, self.done, args) if ranks.main else None
+        self.logger = MetricsLogger(out, self.done, args) if distributed.is_main else None
         self.skipped = 0  # updates in a row
         self.asked = False  # to stop
         for one in (signal.SIGINT, signal.SIGTERM):
@@ -462,21 +469,21 @@ class Run:
 
     def _ask(self, *_):
         self.asked = True
-        self.ranks.say("stopping after this step, with a checkpoint")
+        self.distributed.print0("stopping after this step, with a checkpoint")
 
     def steps(self):
         """The steps that are left, each followed by its checkpoint where one is due.
         Errors: BfclError when asked to stop, and if a checkpoint cannot be written."""
         bar = tqdm(total=self.total, initial=self.done, desc=Path(sys.argv[0]).stem,
-                   disable=not self.ranks.main)
+                   disable=not self.distributed.is_main)
         every = self.args.save_every
         for step in range(self.done + 1, self.total + 1):
             yield step  # the caller makes it
             bar.update()
-            stop = self.ranks.all_reduce(self.asked, dist.ReduceOp.MAX) > 0  # any rank was asked
+            stop = self.distributed.all_reduce(self.asked, dist.ReduceOp.MAX) > 0  # any rank was asked
             if stop or every and (step % every == 0 or step == self.total):
                 self.checkpoints.save(step, self.state)
-                if self.ranks.main:
+                if self.distributed.is_main:
                     plot_curves(self.out)
             if stop:
                 raise BfclError(f"stopped after step {step}, as asked: the same command goes on from there")
@@ -486,32 +493,32 @@ class Run:
         """Errors: BfclError at the third update in a row that was not finite and therefore skipped."""
         self.skipped = 0 if math.isfinite(metrics["grad_norm"]) else self.skipped + 1
         metrics |= {"skipped_updates": self.skipped,
-                    "perf/max_memory_allocated_gb": peak_memory_gb(self.ranks.device)}
-        if self.ranks.main:
+                    "perf/max_memory_allocated_gb": peak_memory_gb(self.distributed.device)}
+        if self.distributed.is_main:
             self.logger.log(step, self.total, metrics)
         if self.skipped == 3:
             raise BfclError(f"the gradients of steps {step - 2} to {step} were not finite; those updates "
                             "were skipped: lower --lr, or look at what those steps logged")
 
-    def end(self, policy, contract, hint):
+    def end(self, policy, stage_info, hint):
         """Write model/, a plain Hugging Face directory (fp32) with the reward tokens in its tokenizer and the
         contract for the next stage; and the curves. policy: the one whose model was sharded."""
         weights = {}
         for name, p in self.model.named_parameters():
             whole = p.full_tensor().detach()  # all ranks take part
-            if self.ranks.main:
+            if self.distributed.is_main:
                 weights[name] = whole.cpu()
-        if self.ranks.main:
+        if self.distributed.is_main:
             partial, final = self.out / "model.partial", self.out / "model"
             shutil.rmtree(partial, ignore_errors=True)
             policy.model.save_pretrained(partial, state_dict=weights)
             policy.tokenizer.save_pretrained(partial)
             steps = (self.out / "metrics.jsonl").read_text().splitlines()
-            contract.minutes = sum(json.loads(line)["step_time"] for line in steps) / 60
-            write(partial / CONTRACT, asdict(contract))
+            stage_info.minutes = sum(json.loads(line)["step_time"] for line in steps) / 60
+            atomic_write(partial / STAGE_INFO, asdict(stage_info))
             plot_curves(self.out)
             partial.rename(final)  # last: a folder with model/ is a finished run
-            print(f"wrote {final} after {contract.minutes:.1f} minutes; next: {hint} {final}")
+            print(f"wrote {final} after {stage_info.minutes:.1f} minutes; next: {hint} {final}")
         dist.destroy_process_group()
 
 
@@ -520,22 +527,22 @@ def validation_tasks(args, trained: set[str] = frozenset()):
     """--eval_limit tasks of the split's validation part. Errors: BfclError if `trained` holds one's id."""
     if not args.eval_every:
         return []
-    if args.split == "paper":
+    if args.split_by == "paper":
         raise BfclError("the paper's split has no validation part: add --eval_every 0")
-    chosen = {**vars(args), "part": "val", "tasks": "", "limit": args.eval_limit}
+    chosen = {**vars(args), "split": "val", "tasks": "", "max_tasks": args.eval_limit}
     tasks = bfcl_env.select_tasks(argparse.Namespace(**chosen))
     if {task.id for task in tasks} & trained:
-        raise BfclError("validation tasks are among those trained on (--part or --tasks): add --eval_every 0")
+        raise BfclError("validation tasks are among those trained on (--split or --tasks): add --eval_every 0")
     return tasks
 
 
-def validate(policy, tasks, tokens: list[str | None], make_env, args, ranks):
+def validate(policy, tasks, tokens: list[str | None], make_env, args, distributed):
     """Success of one sampled rollout a task and token; the ranks share them. `policy` is whole."""
-    jobs = [(task, token) for task in tasks for token in tokens][ranks.rank::ranks.size]  # this rank's
+    jobs = [(task, token) for task in tasks for token in tokens][distributed.rank::distributed.size]  # this rank's
     sampled = rollout(policy, [make_env(task) for task, _ in jobs], [token for _, token in jobs],
                       [(args.seed, 0, task.id, 0, 0) for task, _ in jobs],
-                      progress="validation" if ranks.main else None, **sampler.sampling(args))
-    return mean_reward(ranks.gather(sampled), lambda t: f"eval/reward_{t.reward_token or 'none'}")
+                      progress="validation" if distributed.is_main else None, **sampler.sampling(args))
+    return mean_reward(distributed.gather(sampled), lambda t: f"eval/reward_{t.reward_token or 'none'}")
 
 
 # ---- Stage 1's data: gold calls and mistakes ---------------------------------------------------------------
@@ -553,7 +560,7 @@ def _values(call):
     return [str(value) for value in values if len(str(value)) > 2]
 
 
-def messages_for(task, turns: list[list[Call]], style, protocol="official") -> list[str]:
+def script_messages(task, turns: list[list[Call]], call_format, protocol="official") -> list[str]:
     """What an agent making these calls would say: calls grouped into messages, a closing message per turn (in
     the paper's protocol, where words end the conversation, only a last call of `done()`).
 
@@ -564,13 +571,13 @@ def messages_for(task, turns: list[list[Call]], style, protocol="official") -> l
         message, fresh, result = [], "", None  # its calls, and what they return
         for call in calls:
             if message and any(value in fresh and value not in known for value in _values(call)):
-                said.append(write_calls(message, style))
+                said.append(write_calls(message, call_format))
                 message, known, fresh = [], known + fresh, ""
             message.append(call)
             [result] = episode.run([str(call)])
             fresh += result
         if message:
-            said.append(write_calls(message, style))
+            said.append(write_calls(message, call_format))
             known += fresh
         if protocol == "paper":
             continue
@@ -578,7 +585,7 @@ def messages_for(task, turns: list[list[Call]], style, protocol="official") -> l
         said.append(f"Done. {calls[-1].name} returned: {result[:80]}" if calls else
                     "I can't do this yet: a function or a detail is missing. Could you give it to me?")
     if protocol == "paper":
-        said.append(write_calls([Call("done")], style))
+        said.append(write_calls([Call("done")], call_format))
     return said
 
 
@@ -619,7 +626,7 @@ def _mistake(task, turns, t, kind, rng):
 
 def _other_function(task, call, rng):
     """Another function that takes as many arguments and is not withheld, with the values of the call."""
-    withheld, fits = sum(task.missed.values(), []), []
+    withheld, fits = sum(task.withheld.values(), []), []
     for doc in task.docs:
         names, required = doc["parameters"]["properties"], doc["parameters"]["required"]
         if doc["name"] not in [call.name, *withheld] and len(required) <= len(call.kwargs) <= len(names):
@@ -640,36 +647,36 @@ def _other_value(value, so_far, rng):
 
 
 # ---- Stage 1's data: trajectories --------------------------------------------------------------------------
-def record(policy, env, said: list[str], reward_token: str | None,
+def play_script(policy, env, said: list[str], reward_token: str | None,
            reward="official") -> Trajectory:
     """The trajectory of a policy that says just this: played in the world, rendered like a sampled one."""
     chat = policy.chat
-    ids = chat.opening(env.messages(), reward_token)
+    ids = chat.render_prompt(env.messages(), reward_token)
     mask, calls, step = [0] * len(ids), 0, None
     for n, text in enumerate(said):
-        message = chat.assistant(text)
+        message = chat.render_assistant(text)
         ids, mask = ids + message, mask + [1] * len(message)
         step = env.step(text)
         calls += len(step.results)
         if step.done:
             break
         if n + 1 < len(said):
-            follows = chat.following(sampler.answer_messages(step))
+            follows = chat.render_env_reply(sampler.answer_messages(step))
             ids, mask = ids + follows, mask + [0] * len(follows)
     verdict = env.verdict()
     return Trajectory(env.id, reward_token, ids, mask, [0.0] * len(ids), verdict.reward(reward),
                       step.reason or "done", vars(verdict), n + 1, calls)
 
 
-def written_pair(policy, task, make_env, args, used: Counter, token_of) -> list[Trajectory]:
+def make_pair(policy, task, make_env, args, used: Counter, token_of) -> list[Trajectory]:
     """[success, failure], the same up to the first mistake, judged from their text. Of the kinds of mistake
     the least `used` is tried first."""
     rng, gold = random.Random(f"{args.seed} {task.id}"), gold_calls(task)
 
     def play(turns, label):
         env = make_env(task)
-        said = messages_for(task, turns, env.style, args.protocol)
-        return record(policy, env, said, token_of(label), args.reward)
+        said = script_messages(task, turns, env.call_format, args.protocol)
+        return play_script(policy, env, said, token_of(label), args.reward)
     good = play(gold, "high")
     if good.reward != 1:
         raise BfclError(f"the ground truth of {task.id} does not pass: {good.verdict}")
@@ -694,20 +701,20 @@ def read_rollouts(policy, tasks, make_env, args, token_of) -> list[Trajectory]:
         for n, line in enumerate(Path(file).read_bytes().splitlines(), 1):
             try:
                 t = Trajectory.from_json(line)
-                if t.task not in by_id or 1 not in t.mask:
+                if t.task not in by_id or 1 not in t.loss_mask:
                     continue
                 reward = bfcl_env.Verdict(**t.verdict).reward(args.reward)
-                messages, old = make_env(by_id[t.task]).messages(), t.stretches()[0][1]  # old: its prompt
-                if old != policy.chat.opening(messages, t.reward_token) or len(t.mask) != len(t.ids):
+                messages, old = make_env(by_id[t.task]).messages(), t.segments()[0][1]  # old: its prompt
+                if old != policy.chat.render_prompt(messages, t.reward_token) or len(t.loss_mask) != len(t.ids):
                     raise ValueError("another prompt")
             except (BfclError, KeyError, TypeError, ValueError):
                 raise BfclError(f"{file}, line {n}: not a rollout with this run's prompt; give a run's "
-                                "rollouts/*.jsonl and its --model, --docs, --style and --protocol") from None
+                                "rollouts/*.jsonl and its --model, --tool_docs, --call_format and --protocol") from None
             token = token_of("high" if reward == 1 else "low")
-            new = policy.chat.opening(messages, token)
-            ids, mask = new + t.ids[len(old):], [0] * len(new) + t.mask[len(old):]
-            found.append(replace(t, reward_token=token, reward=reward, ids=ids, mask=mask,
-                                 logps=[0.0] * len(ids)))
+            new = policy.chat.render_prompt(messages, token)
+            ids, loss_mask = new + t.ids[len(old):], [0] * len(new) + t.loss_mask[len(old):]
+            found.append(replace(t, reward_token=token, reward=reward, ids=ids, loss_mask=loss_mask,
+                                 logprobs=[0.0] * len(ids)))
     return found
 
 
@@ -718,7 +725,7 @@ def stage1_data(policy, tasks, make_env, args) -> tuple[list[list[Trajectory]], 
     rng = random.Random(f"{args.seed} tokens")
 
     def token_of(label):
-        return label if args.arm == "rctp" and rng.random() >= args.no_token else None
+        return label if args.arm == "rctp" and rng.random() >= args.reward_token_dropout else None
     if args.rollouts:
         found = read_rollouts(policy, tasks, make_env, args, token_of)
         rng.shuffle(found)
@@ -732,7 +739,7 @@ def stage1_data(policy, tasks, make_env, args) -> tuple[list[list[Trajectory]], 
     else:
         # Guesses, which only tasks with an empty turn allow, catch up at the end.
         order, used = sorted(tasks, key=lambda task: [] in task.gold), Counter()
-        written = [written_pair(policy, task, make_env, args, used, token_of)
+        written = [make_pair(policy, task, make_env, args, used, token_of)
                    for task in tqdm(order, desc="data", disable=None)]
         pairs = [pair for pair in written if max(len(t.ids) for t in pair) <= limit]
         left_out = len(written) - len(pairs)
@@ -741,15 +748,15 @@ def stage1_data(policy, tasks, make_env, args) -> tuple[list[list[Trajectory]], 
     return pairs, left_out
 
 
-def data_statistics(trajectories: list[Trajectory], max_turn_tokens):
+def data_statistics(trajectories: list[Trajectory], max_new_tokens):
     """What the data is, by label, reward token and kind of mistake; and what of it the sampler would cut."""
     tokens = Counter(t.reward_token or "none" for t in trajectories)
     kinds = Counter("success" if t.reward == 1 else t.verdict.get("mistake") or t.verdict["error_type"]
                     for t in trajectories)
-    said = [len(ids) for t in trajectories for said, ids in t.stretches() if said]
-    long = sum(n > max_turn_tokens for n in said)
+    said = [len(ids) for t in trajectories for said, ids in t.segments() if said]
+    long = sum(n > max_new_tokens for n in said)
     return (f"trajectories {dict(kinds)}, reward tokens {dict(tokens)}; messages of at most {max(said)} "
-            f"tokens, {long} of {len(said)} longer than --max_turn_tokens {max_turn_tokens}: the sampler "
+            f"tokens, {long} of {len(said)} longer than --max_new_tokens {max_new_tokens}: the sampler "
             "would cut those")
 
 
@@ -770,7 +777,7 @@ def add_training_flags(parser: argparse.ArgumentParser, out):
     add("--seed", default=0, type=number(int, 0), help="of data, order and sampling (default: %(default)s)")
     add("--save_every", default=50, type=number(int, 0),
         help="steps between checkpoints, and one after the last; 0: none (default: %(default)s)")
-    add("--keep", default=1, type=number(int, 1), help="newest checkpoints to keep (default: %(default)s)")
+    add("--save_total_limit", default=1, type=number(int, 1), help="newest checkpoints to keep (default: %(default)s)")
     add("--eval_every", default=50, type=number(int, 0),
         help="steps between looks at validation tasks, and after the last; 0: none (default: %(default)s)")
     add("--eval_limit", default=16, type=number(int, 1), help="validation tasks (default: %(default)s)")
@@ -779,25 +786,25 @@ def add_training_flags(parser: argparse.ArgumentParser, out):
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description="Stage 1: reward-conditioned fine-tuning (RCTP-FT).")
+    parser = bfcl_env.Parser("Stage 1: reward-conditioned fine-tuning (RCTP-FT).")
     add = parser.add_argument
     add("--model", default=sampler.DEFAULT_MODEL, help="a directory, a hub id or %(default)s (the default)")
     add("--preset", choices=PRESETS, default="notes",
         help="lr, batch and epochs of the paper's appendix or of notes on it (default: %(default)s)")
     add("--epochs", type=number(int, 1), help="passes over the pairs (default: %(default)s)")
     add("--steps", type=number(int, 1), help="updates, instead of --epochs")
-    add("--batch", type=number(int, 1), help="trajectories an update, in pairs of a success and a failure. "
+    add("--batch_size", type=number(int, 1), help="trajectories an update, in pairs of a success and a failure. "
         "Every arm makes as many updates of as many pairs; sft has only their successes, half as many "
         "trajectories (default: %(default)s)")
-    add("--arm", default="rctp", choices=TOKENS, help="successes and failures with reward tokens, the same "
+    add("--arm", default="rctp", choices=ARM_REWARD_TOKENS, help="successes and failures with reward tokens, the same "
         "without, or successes alone without (default: %(default)s)")
-    add("--no_token", type=number(float, 0, 1), default=0.1,
+    add("--reward_token_dropout", type=number(float, 0, 1), default=0.1,
         help="share of the trajectories without a token in the rctp arm (default: %(default)s)")
     add("--rollouts", nargs="*", default=[], metavar="FILE",
         help="learn from a model's rollouts (runs/NAME/rollouts/*.jsonl), not from gold and corrupted calls")
     add_training_flags(parser, "runs/sft_rctp")
     sampler.add_sampling_flags(parser)  # of the validation
-    bfcl_env.add_world_flags(parser)
+    bfcl_env.add_env_flags(parser)
     parser.set_defaults(**PRESETS["notes"])  # for --help
     parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].preset])
     args = parser.parse_args(argv)
@@ -808,71 +815,71 @@ def parse_args(argv: list[str] | None = None):
 
 def main():
     args = parse_args()
-    ranks = start_ranks()
-    out, tasks = begin_run(args, ranks), bfcl_env.select_tasks(args)
+    distributed = init_distributed()
+    out, tasks = begin_run(args, distributed), bfcl_env.select_tasks(args)
     val_tasks = validation_tasks(args, {task.id for task in tasks})
     torch.manual_seed(args.seed)  # of the tiny model's weights, nothing else draws from it
-    policy = load_policy(args.model, torch.float32, "cpu", weights=ranks.main, thinking=args.thinking)
-    banned, dtype = policy.banned.to(ranks.device), compute_dtype(args.dtype, ranks.device)
-    style = policy.style(args.style)
-    make_env = bfcl_env.env_maker(args, style)
+    policy = load_policy(args.model, torch.float32, "cpu", weights=distributed.is_main, thinking=args.thinking)
+    banned, dtype = policy.banned.to(distributed.device), compute_dtype(args.dtype, distributed.device)
+    call_format = policy.call_format(args.call_format)
+    make_env = bfcl_env.make_env_fn(args, call_format)
 
     # steps 1 and 2: data
     pairs, left_out = stage1_data(policy, tasks, make_env, args)
     if not pairs:
         raise BfclError(f"none of the {len(tasks)} tasks fits --max_len {args.max_len} and "
                         f"--tokens_per_microbatch {args.tokens_per_microbatch}: raise them, or take smaller "
-                        "--docs")
+                        "--tool_docs")
     data = [t for pair in pairs for t in pair]
     digest = hashlib.sha256(str([t.ids for t in data]).encode()).hexdigest()
-    weights = ranks.first(ranks.main and checksum(policy.model))
-    hold(out, ranks, {"weights": weights, "data": digest, "compute": str(dtype)})
+    weights = distributed.broadcast(distributed.is_main and checksum(policy.model))
+    check_same_run(out, distributed, {"weights": weights, "data": digest, "compute": str(dtype)})
     if val_tasks:
-        val_tasks = sampler.fitting(policy, val_tasks, make_env, args.max_len)
+        val_tasks = sampler.filter_overlong(policy, val_tasks, make_env, args.max_len)
         # a whole copy for rollouts, without memory between them
-        acting = load_policy(args.model, dtype, ranks.device, weights=False, thinking=args.thinking)
-        release_weights(acting.model)
-    model, optimizer = learner(policy, args, dtype, ranks)  # from here on policy.model is sharded
-    size = max(1, args.batch // 2)  # pairs an update
+        acting = load_policy(args.model, dtype, distributed.device, weights=False, thinking=args.thinking)
+        free_weights(acting.model)
+    model, optimizer = shard_model(policy, args, dtype, distributed)  # from here on policy.model is sharded
+    size = max(1, args.batch_size // 2)  # pairs an update
     steps = args.steps or args.epochs * math.ceil(len(pairs) / size)
-    run = Run(out, args, model, optimizer, steps, ranks)
-    ranks.say(f"{transcript(data[-1], policy.tokenizer)}\n\n{data_statistics(data, args.max_turn_tokens)}\n"
-              f"stage 1: {args.model} | docs {args.docs}, style {style} ({policy.chat.why}) | "
+    run = TrainLoop(out, args, model, optimizer, steps, distributed)
+    distributed.print0(f"{transcript(data[-1], policy.tokenizer)}\n\n{data_statistics(data, args.max_new_tokens)}\n"
+              f"stage 1: {args.model} | docs {args.tool_docs}, call format {call_format} ({policy.chat.why}) | "
               f"{len(pairs)} pairs of {len(tasks)} tasks, {left_out} too long | arm {args.arm} | "
-              f"{steps} steps of {size} pairs, from {run.done + 1} | {dtype} on {ranks.size} x "
-              f"{ranks.device.type} | {out}")
+              f"{steps} steps of {size} pairs, from {run.done + 1} | {dtype} on {distributed.size} x "
+              f"{distributed.device.type} | {out}")
     for step in run.steps():
-        start = clock(ranks.device)
+        start = synced_time(distributed.device)
         # step 3: packs; every rank takes its share
-        batch = [t for i in shuffled(len(pairs), (step - 1) * size, size, args.seed) for t in pairs[i]]
-        packs = pack(batch, args.tokens_per_microbatch, ranks.device)
-        count = sum(len(p.target) for p in packs)  # one normaliser for the update, known before any forward
+        batch = [t for i in epoch_shuffle(len(pairs), (step - 1) * size, size, args.seed) for t in pairs[i]]
+        packs = pack(batch, args.tokens_per_microbatch, distributed.device)
+        count = sum(len(p.targets) for p in packs)  # one normaliser for the update, known before any forward
 
         # step 4: L = -1/count * sum of log pi(a_t | h_t, r)
         def loss_of(p):
             return -model.token_logprobs(p, banned).sum() / count
-        lr = learning_rate(step, args.lr, steps, decay=steps // 5)
+        lr = get_lr(step, args.lr, steps, decay=steps // 5)
         optimizer.param_groups[0]["lr"] = lr
-        norm, loss = update(model, optimizer, with_idle(packs[ranks.rank::ranks.size], ranks), loss_of, ranks)
-        seconds, tokens = clock(ranks.device) - start, sum(len(p.ids) for p in packs)
+        norm, loss = optimizer_step(model, optimizer, pad_packs(packs[distributed.rank::distributed.size], distributed), loss_of, distributed)
+        seconds, tokens = synced_time(distributed.device) - start, sum(len(p.ids) for p in packs)
         metrics = {"loss": loss, "grad_norm": norm, "learning_rate": lr, "num_tokens": tokens,
                    "step_time": seconds, "perf/throughput": tokens / seconds}
 
         # the proof that the token works: what rollouts under each token achieve
         if val_tasks and (step % args.eval_every == 0 or step == steps):
-            copy_weights(acting.model, model)
-            metrics |= validate(acting, val_tasks, TOKENS[args.arm], make_env, args, ranks)
-            release_weights(acting.model)
+            load_full_weights(acting.model, model)
+            metrics |= validate(acting, val_tasks, ARM_REWARD_TOKENS[args.arm], make_env, args, distributed)
+            free_weights(acting.model)
         run.log(step, metrics)
 
     # step 5: the model
-    contract = Contract(
-        stage="rctp", base_model=policy.contract.base_model or args.model, docs=args.docs, style=style,
-        protocol=args.protocol, arm=args.arm, source="rollouts" if args.rollouts else "written",
-        tokens=sorted({t.reward_token or "none" for t in data}), tasks=sorted({t.task for t in data}),
+    stage_info = StageInfo(
+        stage="rctp", base_model=policy.stage_info.base_model or args.model, tool_docs=args.tool_docs, call_format=call_format,
+        protocol=args.protocol, arm=args.arm, data_source="rollouts" if args.rollouts else "written",
+        stage1_reward_tokens=sorted({t.reward_token or "none" for t in data}), tasks=sorted({t.task for t in data}),
         reward_ids=policy.reward_ids, template_sha256=policy.chat.fingerprint,
         thinking=policy.chat.thinking, date=policy.chat.date)
-    run.end(policy, contract, hint="torchrun rl_rcgrpo.py --init")
+    run.end(policy, stage_info, hint="torchrun rl_rcgrpo.py --model")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import eval_bfcl
 import rollout
-from sft_rctp import write
+from sft_rctp import atomic_write
 
 HERE = ROOT / "results/bfcl"
 BEGIN, END = "<!-- ablation -->\n", "<!-- /ablation -->\n"  # in bfcl.md and README.md
@@ -53,25 +53,25 @@ class Block:
     arms: dict[str, str]  # flags of stage 2
 
 
-CPU = ("--docs signature --categories multi_turn_base "
-       "--max_len 2048 --max_turn_tokens 128 --max_total_tokens 768")
-STAGE1 = "--epochs 6 --batch 8 --lr 1e-4 --save_every 10"
-STAGE2 = "--prompts 2 --group 8 --lr 3e-5 --save_every 5"
+CPU = ("--tool_docs signature --categories multi_turn_base "
+       "--max_len 2048 --max_new_tokens 128 --max_sampled_tokens 768")
+STAGE1 = "--epochs 6 --batch_size 8 --lr 1e-4 --save_every 10"
+STAGE2 = "--prompts_per_step 2 --group_size 8 --lr 3e-5 --save_every 5"
 SIZES = {"cpu-bf16": Size("two CPU cores with bf16", 2.4, "1234", CPU, STAGE1,
-                         STAGE2 + " --steps 26", "--limit 40"),
+                         STAGE2 + " --steps 26", "--max_tasks 40"),
          "cpu": Size("two CPU cores without bf16", 2.4, "1", CPU, STAGE1,
-                    STAGE2 + " --steps 6", "--limit 10", "--limit 10", 1),
-         "gpu": Size("one H100", 3.0, "12534", "--docs slim", "--epochs 3", "--steps 100")}
+                    STAGE2 + " --steps 6", "--max_tasks 10", "--max_tasks 10", 1),
+         "gpu": Size("one H100", 3.0, "12534", "--tool_docs slim", "--epochs 3", "--steps 100")}
 HIGH = {"always-high": "--reward_tokens high", "rc-grpo": ""}
 BLOCKS = {"1": Block(0, "", HIGH),
           "2": Block(1, "", HIGH),
           "3": Block(0, "--arm sft", {"grpo": "--reward_tokens none", "rc-grpo": ""}),
-          "4": Block(0, "", {"signed": "--reward_tokens high --advantage signed",
-                           "within": "--advantage token"}),
+          "4": Block(0, "", {"sign": "--reward_tokens high --advantage sign",
+                           "within": "--advantage within_reward_token"}),
           "5": Block(2, "", HIGH)}
 NAMES = {"stage1": "", "always-high": " + GRPO (high token)", "rc-grpo": " + RC-GRPO",  # as in evaluations
-         "grpo": " + GRPO (no token)", "signed": " + GRPO (high token), signed advantage",
-         "within": " + RC-GRPO, token advantage"}
+         "grpo": " + GRPO (no token)", "sign": " + GRPO (high token), sign advantage",
+         "within": " + RC-GRPO, within_reward_token advantage"}
 PARTS = {"test": "held-out", "train": "trained"}
 TOKENS = ("high", "low", "none")
 LOGGED = ("step", "loss", "reward", "rc/reward_high", "rc/reward_low", "frac_reward_zero_std",
@@ -126,7 +126,7 @@ def run(kind, number):
     work = Path(f"runs/ablation/{kind}-{number}")
     begun = ROOT / work / "begun.json"
     if not begun.exists():
-        write(begun, machine())
+        atomic_write(begun, machine())
     found = read(begun)
     if found != machine():
         raise SystemExit(f"{work} was begun by {found}, and this is {machine()}: a block stays on one "
@@ -138,7 +138,7 @@ def run(kind, number):
     models = {"stage1": work / "stage1/model"}
     command("sft_rctp.py", training, size.stage1, block.stage1, "--out", work / "stage1")
     if number == "1":
-        command("eval_bfcl.py", common, "--part val --samples 8 --ckpt", models["stage1"],
+        command("eval_bfcl.py", common, "--split val --samples 8 --ckpt", models["stage1"],
                 "--out", work / "val")
         found["validation"] = read(ROOT / work / "val/eval.json")["overall"]
         found["reward"] = "official" if found["validation"]["accuracy"] >= 0.03 else "progress"
@@ -147,28 +147,28 @@ def run(kind, number):
 
     # stage 2
     for arm, flags in block.arms.items():
-        if "signed" in flags and found["reward"] == "progress":
+        if "sign" in flags and found["reward"] == "progress":
             continue  # it is for rewards of 0 and 1
         command("rl_rcgrpo.py", training, size.stage2, flags, "--reward", found["reward"],
-                "--init", models["stage1"], "--out", work / arm)
+                "--model", models["stage1"], "--out", work / arm)
         models[arm] = work / arm / "model"
 
     # evaluations: always the official reward
     tokens = "--reward_tokens high,low,none --samples"
     for part in PARTS:
         chosen = size.train if part == "train" else size.test
-        command("eval_bfcl.py", common, f"--part {part}", chosen, tokens, size.samples,
+        command("eval_bfcl.py", common, f"--split {part}", chosen, tokens, size.samples,
                 "--ckpt", *models.values(), "--out", work / part)
 
     partial = HERE / f"{kind}-{number}.partial"
     for part in PARTS:
         for name in ("config.json", "eval.json"):
-            write(partial / part / name, (ROOT / work / part / name).read_text())
+            atomic_write(partial / part / name, (ROOT / work / part / name).read_text())
     logs = {}
     for arm in models:
         lines = (ROOT / work / arm / "metrics.jsonl").read_text().splitlines()
         logs[arm] = [{name: line[name] for name in LOGGED if name in line} for line in map(json.loads, lines)]
-    write(partial / "block.json", {**found, "logs": logs})
+    atomic_write(partial / "block.json", {**found, "logs": logs})
     partial.rename(HERE / f"{kind}-{number}")
 
 
@@ -206,9 +206,9 @@ def success_table() -> str:
         progress = done["1", "stage1"][1]["reward"] == "progress"
         for number in size.blocks:
             title, arms = f"{kind} {number}", ["stage1", *BLOCKS[number].arms]
-            if "signed" in arms and progress:
-                arms.remove("signed")
-                lines.append([title, label(number, "signed"),
+            if "sign" in arms and progress:
+                arms.remove("sign")
+                lines.append([title, label(number, "sign"),
                               "not run: it is for rewards of 0 and 1, and these arms learn from `progress`"])
             if (number, "stage1") not in done:
                 lines.append([title, "; ".join(label(number, arm) for arm in arms), late])
@@ -216,10 +216,10 @@ def success_table() -> str:
             for arm in arms:
                 parts, _ = done[number, arm]
                 overall = [parts[part][token]["overall"] for part in PARTS for token in TOKENS]
-                contract = parts["test"]["contract"]
+                stage_info = parts["test"]["stage_info"]
                 lines.append([title, label(number, arm), *[eval_bfcl.percent(f).strip() for f in overall],
                               " + ".join(str(parts[part]["high"]["overall"]["n"]) for part in PARTS),
-                              contract["rollouts"], f"{contract['minutes']:.0f}"])
+                              stage_info["rollouts"], f"{stage_info['minutes']:.0f}"])
     head = [f"{title}, {token}" for title in PARTS.values() for token in TOKENS]
     return markdown(["block", "arm", *head, "n a token", "rollouts", "minutes"], lines)
 
@@ -258,7 +258,7 @@ def error_table(kind) -> str:
             f = parts[part][token]["overall"]
             errors = ", ".join(f"{name} {count}" for name, count in f["errors"].items())
             lines.append([number, label(number, arm), f"{PARTS[part]}, {token}", f"{f['calls']:.1f}",
-                          f"{f['turns']:.1f}", f"{f['tokens']:.0f}", errors])
+                          f"{f['messages']:.1f}", f"{f['tokens']:.0f}", errors])
     return markdown(["block", "arm", "tasks, token", "calls", "messages", "tokens", "errors"], lines)
 
 
@@ -345,7 +345,7 @@ def picture(kind, path):
 def put(page, text):
     """In place of what stood between the marks of a page."""
     before, _, rest = page.read_text().partition(BEGIN)
-    write(page, before + BEGIN + text + END + rest.partition(END)[2])
+    atomic_write(page, before + BEGIN + text + END + rest.partition(END)[2])
 
 
 def report():

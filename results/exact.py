@@ -41,12 +41,12 @@ from rl_rcgrpo import group_advantages, policy_loss, variance_parts
 ARMS = {"GRPO, no token": ([0], "group", False),
         "GRPO, always high": ([1], "group", False),
         "RC-GRPO": ([1, -1], "group", False),
-        "RC-GRPO, baseline within tokens": ([1, -1], "token", False),
-        "RC-GRPO, centred": ([1, -1], "centred", False),
-        "always high, centred": ([1], "centred", False),
-        "always high, signed": ([1], "signed", False),
-        "always high, virtual": ([1], "virtual", False),
-        "always high, resampling": ([1], "group", True)}
+        "RC-GRPO, within reward token": ([1, -1], "within_reward_token", False),
+        "RC-GRPO, mean only": ([1, -1], "mean_only", False),
+        "always high, mean only": ([1], "mean_only", False),
+        "always high, sign": ([1], "sign", False),
+        "always high, virtual success": ([1], "virtual_success", False),
+        "always high, dynamic sampling": ([1], "group", True)}
 RELATIONS = {"p_l = .05": lambda high: 0.05,
              "p_l = p_h": lambda high: high,
              "p_l = 1 - p_h": lambda high: 1 - high}

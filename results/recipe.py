@@ -23,10 +23,10 @@ import bench
 import rl_rcgrpo
 import rollout
 import sft_rctp
-from bfcl_env import env_maker, load_tasks, select_tasks, split
+from bfcl_env import make_env_fn, load_tasks, select_tasks, split
 
 MODEL, MAX_LEN = "Qwen/Qwen2.5-7B-Instruct", 16384
-SHARED = f"--docs full --max_len {MAX_LEN} --tokens_per_microbatch {MAX_LEN}"
+SHARED = f"--tool_docs full --max_len {MAX_LEN} --tokens_per_microbatch {MAX_LEN}"
 # On two cores of an AMD EPYC (avx512_bf16), see README: what training reaches of the rate of large matrix
 # products, `bench.py train`; a decode step over its bare matrix products, `bench.py sampler`.
 MFU, DECODE = 0.26, 1.5
@@ -75,14 +75,14 @@ class Typical:
         args = sft_rctp.parse_args(["--model", folder, *SHARED.split()])
         policy = rollout.load_policy(folder, torch.float32, "meta", weights=False)
         tasks = select_tasks(args)[::18]
-        pairs, _ = sft_rctp.stage1_data(policy, tasks, env_maker(args, policy.style(args.style)), args)
+        pairs, _ = sft_rctp.stage1_data(policy, tasks, make_env_fn(args, policy.call_format(args.call_format)), args)
         gold = [t for pair in pairs for t in pair if t.reward == 1]
         flops = []
         for t in gold:
             packs = sft_rctp.pack([t] * group, args.tokens_per_microbatch)
-            flops.append(bench.flops(policy.model, [p.layout for p in packs], group * sum(t.mask)))
-        return cls(mean(t.mask.index(1) for t in gold), mean(len(t.mask) - t.mask.index(1) for t in gold),
-                   mean(sum(t.mask) for t in gold), mean(flops))
+            flops.append(bench.flops(policy.model, [p.layout for p in packs], group * sum(t.loss_mask)))
+        return cls(mean(t.loss_mask.index(1) for t in gold), mean(len(t.loss_mask) - t.loss_mask.index(1) for t in gold),
+                   mean(sum(t.loss_mask) for t in gold), mean(flops))
 
 
 def sampling(cards, planned, typical, groups, size, held):
@@ -103,21 +103,21 @@ def sampling(cards, planned, typical, groups, size, held):
 def main():
     stage1, stage2 = sft_rctp.parse_args([]), rl_rcgrpo.parse_args([])  # presets and defaults
     train, test = (split(load_tasks())[part] for part in ("train", "test"))
-    updates = stage1.epochs * math.ceil(len(train) / (stage1.batch // 2))  # a pair a task
+    updates = stage1.epochs * math.ceil(len(train) / (stage1.batch_size // 2))  # a pair a task
     with tempfile.TemporaryDirectory() as folder:
         stand_in(folder)
-        plans = [[plan(cards.count, flag, folder) for flag in ("--model", "--init")] for cards in CARDS]
-        typical = Typical.of(folder, stage2.group)
-    print(f"Stage 1: {updates} updates; stage 2: {stage2.steps} steps of {stage2.prompts} x {stage2.group} "
+        plans = [[plan(cards.count, flag, folder) for flag in ("--model", "--model")] for cards in CARDS]
+        typical = Typical.of(folder, stage2.group_size)
+    print(f"Stage 1: {updates} updates; stage 2: {stage2.steps} steps of {stage2.prompts_per_step} x {stage2.group_size} "
           f"rollouts; evaluation: {len(test)} tasks x 4 rollouts x 3 tokens x 2 checkpoints.\n"
           f"A conversation: {typical.prefix:.0f} tokens of prompt, {typical.own:.0f} of messages and "
           f"results, {typical.sampled:.0f} of them sampled.")
     for cards, (one, two) in zip(CARDS, plans):
         rate = MFU * cards.flops * cards.count
         held = two["bytes"]["masters (fp32)"] + two["bytes"]["AdamW moments"]
-        rolled = sampling(cards, two, typical, stage2.prompts, stage2.group, held)
-        reference = stage2.prompts * typical.flops / 3 / rate  # the forward pass is a third
-        update = RECOMPUTED * stage2.prompts * typical.flops / rate
+        rolled = sampling(cards, two, typical, stage2.prompts_per_step, stage2.group_size, held)
+        reference = stage2.prompts_per_step * typical.flops / 3 / rate  # the forward pass is a third
+        update = RECOMPUTED * stage2.prompts_per_step * typical.flops / rate
         hours = {"stage 1": updates * RECOMPUTED * one["flops"] / rate / 3600,
                  "stage 2": stage2.steps * (rolled + reference + update) / 3600,
                  "evaluation": 3 * 2 * sampling(cards, two, typical, len(test), 4, 0) / 3600}
@@ -127,8 +127,8 @@ def main():
         torchrun = f"torchrun --standalone --nproc_per_node {cards.count}"
         print(f"\n## {cards.name}\n\n"
               f"{torchrun} sft_rctp.py --model {MODEL} {SHARED} --out runs/7b/sft\n"
-              f"{torchrun} rl_rcgrpo.py --init runs/7b/sft/model {SHARED} --out runs/7b/rl\n"
-              f"{torchrun} eval_bfcl.py --ckpt runs/7b/sft/model runs/7b/rl/model --docs full "
+              f"{torchrun} rl_rcgrpo.py --model runs/7b/sft/model {SHARED} --out runs/7b/rl\n"
+              f"{torchrun} eval_bfcl.py --ckpt runs/7b/sft/model runs/7b/rl/model --tool_docs full "
               f"--max_len {MAX_LEN} --reward_tokens high,low,none --samples 4 --out runs/7b/eval\n")
         for stage, planned in (("stage 1", one), ("stage 2", two)):
             print(f"{stage}: planned peak {planned['peak_bytes'] / 2**30:.0f} of {cards.gib} GiB a card")

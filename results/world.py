@@ -9,7 +9,7 @@ The world is a ledger: five functions, sixteen accounts, digits. A user asks for
 some take one call, whose arguments stand in the request, others two, of which the second needs what the first
 returned. The reward is 1 only if every turn is right. The policy is the `tiny` model (0.1M weights, a byte
 tokenizer), pretrained once on requests of one call: it knows the format and the functions, and has never used
-a result. All else is the project's own: `rollout`, `record`, `pack`, `update` of stage 1; `draw_groups`,
+a result. All else is the project's own: `rollout`, `record`, `pack`, `update` of stage 1; `sample_groups`,
 `fill`, `learn` of stage 2.
 
 Change REQUESTS, TURNS or the numbers below them, remove world/, then tune and run: you see another world.
@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import rl_rcgrpo as rl
 import rollout as sampler
 import sft_rctp as sft
-from bfcl_env import Step
+from bfcl_env import StepResult
 
 HERE = Path(__file__).parent / "world"
 
@@ -62,7 +62,7 @@ HARD = {"copy {x} to {y}": ["get({x})", "set({y},$)"],
 REQUESTS = EASY | HARD
 TURNS = (2, 4)
 CALLS = 4  # in a turn; more end the conversation
-LIMITS = dict(max_turn_tokens=24, max_total_tokens=300, max_len=600)  # of a rollout
+LIMITS = dict(max_new_tokens=24, max_sampled_tokens=300, max_len=600)  # of a rollout
 
 PRETRAINING = 1800  # updates of the base policy
 TRAIN, HELD_OUT = 256, 200  # tasks of training; of validation and of test
@@ -136,17 +136,17 @@ class Ledger:
     def messages(self):
         return [{"role": "user", "content": self.task.texts[0]}]
 
-    def step(self, text) -> Step:
+    def step(self, text) -> StepResult:
         if "(" in text:
             self.results.append(execute(self.balances, text))
             over = len(self.results) == CALLS
-            return Step(self.results[-1:], None, over, "force_quit" if over else None)
+            return StepResult(self.results[-1:], None, over, "force_quit" if over else None)
         # As on BFCL: the gold calls' state, and what they return has been returned.
         expected = [execute(self.gold, call) for call in self.task.gold[self.turn]]
         self.right &= self.balances == self.gold and all(result in self.results for result in expected)
         self.turn, self.results = self.turn + 1, []
         done = self.turn == len(self.task.texts)
-        return Step([], None if done else self.task.texts[self.turn], done, "done" if done else None)
+        return StepResult([], None if done else self.task.texts[self.turn], done, "done" if done else None)
 
     def verdict(self):
         return Verdict(right=self.right and self.turn == len(self.task.texts))
@@ -179,55 +179,55 @@ def corrupt(task, rng) -> list[list[str]]:
     return turns
 
 
-def record(policy, task, turns, token):
+def play_script(policy, task, turns, token):
     """The trajectory of one who makes these calls."""
     said = [message for calls in turns for message in (*calls, ".")]
-    return sft.record(policy, Ledger(task), said, token)
+    return sft.play_script(policy, Ledger(task), said, token)
 
 
-def written_pair(policy, task, seed, success, failure):
+def make_pair(policy, task, seed, success, failure):
     """[success, failure] with these tokens, the failure judged."""
     rng, bad = random.Random(f"{seed} {task.id}"), None
     while bad is None or bad.reward == 1:
-        bad = record(policy, task, corrupt(task, rng), failure)
-    return [record(policy, task, task.gold, success), bad]
+        bad = play_script(policy, task, corrupt(task, rng), failure)
+    return [play_script(policy, task, task.gold, success), bad]
 
 
 # ---- Both stages, by the project's own functions -----------------------------------------------------------
-def sharded(policy, lr, ranks):
+def sharded(policy, lr, distributed):
     """(model, optimizer) that learn from where the policy stands; the policy itself stays."""
     args = SimpleNamespace(lr=lr, gradient_checkpointing="off")
-    return sft.learner(SimpleNamespace(model=copy.deepcopy(policy.model)), args, torch.float32, ranks)
+    return sft.shard_model(SimpleNamespace(model=copy.deepcopy(policy.model)), args, torch.float32, distributed)
 
 
-def fit(policy, pairs, steps, lr, seed, ranks, size=8):
+def fit(policy, pairs, steps, lr, seed, distributed, size=8):
     """Stage 1: `steps` updates of `size` pairs, in the order of the seed; without one, as they come."""
-    model, optimizer = sharded(policy, lr, ranks)
+    model, optimizer = sharded(policy, lr, distributed)
     for step in range(1, steps + 1):
         chosen = range((step - 1) * size, step * size)
         if seed is not None:
-            chosen = sft.shuffled(len(pairs), (step - 1) * size, size, seed)
+            chosen = sft.epoch_shuffle(len(pairs), (step - 1) * size, size, seed)
         batch = [t for i in chosen for t in pairs[i]]
         packs = sampler.pack(batch)
-        count = sum(len(p.target) for p in packs)
+        count = sum(len(p.targets) for p in packs)
 
         def loss_of(p):
             return -model.token_logprobs(p, policy.banned).sum() / count
-        optimizer.param_groups[0]["lr"] = sft.learning_rate(step, lr, steps, decay=steps // 5)
-        sft.update(model, optimizer, packs, loss_of, ranks)
-    sft.copy_weights(policy.model, model)
+        optimizer.param_groups[0]["lr"] = sft.get_lr(step, lr, steps, decay=steps // 5)
+        sft.optimizer_step(model, optimizer, packs, loss_of, distributed)
+    sft.load_full_weights(policy.model, model)
 
 
-def pretrain(ranks):
+def pretrain(distributed):
     """The base policy, once: gold conversations of one-call requests, growing from one turn to four, under
     any token, which means nothing."""
     torch.manual_seed(0)
     policy = sampler.load_policy("tiny", torch.float32, "cpu")
     tasks = [make_task(f"pretraining {n}", EASY, (1, 1 + min(3, 5 * n // PRETRAINING // 32)))
              for n in range(32 * PRETRAINING)]
-    data = [[record(policy, task, task.gold, random.Random(task.id).choice(["high", "low", None]))]
+    data = [[play_script(policy, task, task.gold, random.Random(task.id).choice(["high", "low", None]))]
             for task in tasks]
-    fit(policy, data, PRETRAINING, 3e-3, None, ranks, size=32)
+    fit(policy, data, PRETRAINING, 3e-3, None, distributed, size=32)
     policy.model.save_pretrained(HERE / "base")
     policy.tokenizer.save_pretrained(HERE / "base")
 
@@ -237,7 +237,7 @@ def stage1_pairs(policy, row, tasks, seed):
     rng, pairs = random.Random(f"{seed} tokens"), []
     for task in tasks:
         tokens = {"rctp": ["high", "low"], "placebo": [rng.choice(["high", "low"]) for _ in range(2)]}
-        pair = written_pair(policy, task, seed, *tokens.get(row, [None, None]))
+        pair = make_pair(policy, task, seed, *tokens.get(row, [None, None]))
         pairs.append(pair[:1] if row == "sft" else pair)
     return pairs
 
@@ -252,35 +252,35 @@ def own_pairs(policy, tasks, seed):
     sides = {"high": [], "low": []}
     for t in found:
         token = "high" if t.reward == 1 else "low"
-        prompt = t.stretches()[0][1]
+        prompt = t.segments()[0][1]
         new = [policy.reward_ids[token] if i in policy.reward_ids.values() else i for i in prompt]
         sides[token].append(replace(t, reward_token=token, ids=new + t.ids[len(prompt):]))
     return [list(pair) for pair in zip(sides["high"], sides["low"])]
 
 
-def reinforce(policy, tasks, flags, lr, seed, ranks, watch):
+def reinforce(policy, tasks, flags, lr, seed, distributed, watch):
     """Stage 2: updates until ROLLOUTS are used up. watch(): called four times. Returns a dict a step."""
-    args = rl.parse_args(["--prompts", "8", "--group", "8", "--seed", str(seed), *flags.split()])
+    args = rl.parse_args(["--prompts_per_step", "8", "--group_size", "8", "--seed", str(seed), *flags.split()])
     vars(args).update(LIMITS)
-    model, optimizer = sharded(policy, lr, ranks)
+    model, optimizer = sharded(policy, lr, distributed)
     reference, cursor, log = copy.deepcopy(policy.model), 0, []
-    total, resample = ROLLOUTS // args.group, args.resample  # total: groups
-    while cursor + args.prompts <= total:
-        args.resample = min(resample, (total - cursor) // args.prompts - 1)  # never more than the budget
+    total, resample = ROLLOUTS // args.group_size, args.dynamic_sampling  # total: groups
+    while cursor + args.prompts_per_step <= total:
+        args.dynamic_sampling = min(resample, (total - cursor) // args.prompts_per_step - 1)  # never more than the budget
         step, before = len(log) + 1, cursor
-        groups, drawn, cursor = rl.draw_groups(policy, tasks, cursor, step, Ledger, args, ranks)
-        packs = sft.with_idle(sampler.pack([t for group in groups for t in group.trajectories]), ranks)
-        rl.fill(packs, groups, args)
+        groups, drawn, cursor = rl.sample_groups(policy, tasks, cursor, step, Ledger, args, distributed)
+        packs = sft.pad_packs(sampler.pack([t for group in groups for t in group.trajectories]), distributed)
+        rl.assign_advantages(packs, groups, args)
         for p in packs:
             with torch.no_grad():
                 p.ref_logp = sampler.token_logprobs(reference, p, policy.banned)  # [M]
-        optimizer.param_groups[0]["lr"] = sft.learning_rate(step, lr, total // args.prompts)
-        metrics = rl.learn(model, optimizer, packs, policy.banned, args, ranks)
+        optimizer.param_groups[0]["lr"] = sft.get_lr(step, lr, total // args.prompts_per_step)
+        metrics = rl.update_policy(model, optimizer, packs, policy.banned, args, distributed)
         metrics |= rl.group_metrics(drawn, args.p_high)
-        sft.copy_weights(policy.model, model)
-        log.append({"rollouts": cursor * args.group,
+        sft.load_full_weights(policy.model, model)
+        log.append({"rollouts": cursor * args.group_size,
                     **{name: float(f"{metrics[name]:.5g}") for name in LOGGED if name in metrics}})
-        if 4 * cursor // total > 4 * before // total or cursor + args.prompts > total:
+        if 4 * cursor // total > 4 * before // total or cursor + args.prompts_per_step > total:
             log[-1]["validation"] = watch()
     return log
 
@@ -312,10 +312,10 @@ ARMS = {"SFT": Arm("sft", token=None),
         "RCTP-FT": Arm("rctp"),
         "RCTP-FT + GRPO, always high": Arm("rctp", "--reward_tokens high"),
         "RCTP-FT + RC-GRPO": Arm("rctp", ""),
-        "RCTP-FT + RC-GRPO, within tokens": Arm("rctp", "--advantage token"),
-        "RCTP-FT + always high, signed": Arm("rctp", "--reward_tokens high --advantage signed"),
-        "RCTP-FT + always high, virtual": Arm("rctp", "--reward_tokens high --advantage virtual"),
-        "RCTP-FT + always high, resampling": Arm("rctp", "--reward_tokens high --resample 3"),
+        "RCTP-FT + RC-GRPO, within reward token": Arm("rctp", "--advantage within_reward_token"),
+        "RCTP-FT + always high, sign": Arm("rctp", "--reward_tokens high --advantage sign"),
+        "RCTP-FT + always high, virtual success": Arm("rctp", "--reward_tokens high --advantage virtual_success"),
+        "RCTP-FT + always high, dynamic sampling": Arm("rctp", "--reward_tokens high --dynamic_sampling 3"),
         "RCTP-FT, again on own rollouts": Arm("rctp", "own")}
 
 
@@ -335,35 +335,35 @@ def play(job):
     todo = [(arm, lr) for arm, lr in arms if not file_of(folder, arm, seed, lr).exists()]
     if not todo:
         return
-    ranks, commit = play.ranks, subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE.parent, text=True,
+    distributed, commit = play.distributed, subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE.parent, text=True,
                                                capture_output=True).stdout.strip()
     tasks, val = make_tasks("train", TRAIN), make_tasks("val", HELD_OUT)
     test = make_tasks("held-out", HELD_OUT)
     first = sampler.load_policy(str(HERE / "base"), torch.float32, "cpu")
-    fit(first, stage1_pairs(first, row, tasks, seed), STAGE1, STAGE1_LR, seed, ranks)
+    fit(first, stage1_pairs(first, row, tasks, seed), STAGE1, STAGE1_LR, seed, distributed)
     for arm, lr in todo:
         began, policy, log = time.monotonic(), replace(first, model=copy.deepcopy(first.model)), []
         flags, token = ARMS[arm].flags, ARMS[arm].token
         if flags == "own":
-            fit(policy, own_pairs(policy, tasks, seed), STAGE1, lr, seed, ranks)
+            fit(policy, own_pairs(policy, tasks, seed), STAGE1, lr, seed, distributed)
         elif flags is not None:
-            log = reinforce(policy, tasks, flags, lr, seed, ranks, lambda: success(policy, val, token, 1))
+            log = reinforce(policy, tasks, flags, lr, seed, distributed, lambda: success(policy, val, token, 1))
         found = {"arm": arm, "seed": seed, "lr": lr, "updates": len(log), "commit": commit,
                  "validation": [[0, success(first, val, token, 1)]] + [
                      [line["rollouts"], line.pop("validation")] for line in log if "validation" in line]}
         if folder != "test":
             found["success"] = success(policy, val, token, 2)
         else:
-            by_token = {str(t or "none"): success(policy, test, t, 2) for t in ("high", "low", None)}
-            found |= {"success": by_token[token or "none"], "by_token": by_token, "log": log}
+            by_reward_token = {str(t or "none"): success(policy, test, t, 2) for t in ("high", "low", None)}
+            found |= {"success": by_reward_token[token or "none"], "by_reward_token": by_reward_token, "log": log}
         found["minutes"] = round((time.monotonic() - began) / 60, 2)
-        sft.write(file_of(folder, arm, seed, lr), json.dumps(found))
+        sft.atomic_write(file_of(folder, arm, seed, lr), json.dumps(found))
 
 
 def start_worker():
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # progress bars
-    play.ranks = sft.start_ranks()
+    play.distributed = sft.init_distributed()
 
 
 def run(seeds, rates, folder):
@@ -427,7 +427,7 @@ def table(runs) -> str:
         gain, half = interval(paired(runs, arm, PRIMARY[1]))
         mark = "**primary** " if arm == PRIMARY[0] else ""
         cells.append("" if arm == PRIMARY[1] else f"{mark}{100 * gain:+.1f} ± {100 * half:.1f}")
-        cells.append(", ".join(f"{100 * np.mean([one['by_token'][token] for one in some]):.1f}"
+        cells.append(", ".join(f"{100 * np.mean([one['by_reward_token'][token] for one in some]):.1f}"
                                for token in ("high", "low")))
         logs = [one["log"] for one in some]
 
@@ -437,7 +437,7 @@ def table(runs) -> str:
             first, last, whole = slice(5), slice(-5, None), slice(None)
             dead = "frac_reward_zero_std"
             gap = ""  # of the training rollouts; some groups have only one token
-            if ARMS[arm].flags in ("", "--advantage token"):
+            if ARMS[arm].flags in ("", "--advantage within_reward_token"):
                 gap = " → ".join(f"{logged('rc/mode_gap', part):.2f}" for part in (first, last))
             within, between = (logged(f"rc/var_{part}_tokens", whole) for part in ("within", "between"))
             cells += [gap, f"{logged(dead, first):.2f} → {logged(dead, last):.2f}",
@@ -506,7 +506,7 @@ def main():
     what = sys.argv[1] if len(sys.argv) > 1 else "report"
     if what == "tune":
         if not (HERE / "base").exists():
-            pretrain(sft.start_ranks())
+            pretrain(sft.init_distributed())
         rates = {arm: GRID if ARMS[arm].flags is not None else [] for arm in ARMS}
         run(TUNING_SEEDS, rates, "tuning")
         return
