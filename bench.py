@@ -178,7 +178,7 @@ def bench_sampler(G: int = 8) -> dict:
     prompt, result = chat.render_prompt(FixedWorld(task).messages(), "high"), chat.render_env_reply(
         [{"role": "tool", "content": RESULT}])
 
-    draw, forward, kv, steps = R.sample_token, R.Sampler.forward, [], []
+    draw, forward, kv, steps = R.sample_token, R.Sampler.decode, [], []
 
     def watched(sampler):
         kv.append(sampler.row_kv.nbytes + sum(prefix.kv.nbytes for prefix in sampler.cached_prefixes))
@@ -186,7 +186,7 @@ def bench_sampler(G: int = 8) -> dict:
         said = forward(sampler)  # ends with a copy to the host
         steps.append((time.perf_counter() - start) / len(said))
         return said
-    R.Sampler.forward = watched
+    R.Sampler.decode = watched
 
     def ours(G):
         kv.clear(), steps.clear()

@@ -1,17 +1,23 @@
-"""The policy learning; stage 1: Reward-Conditioned Trajectory Policy fine-tuning (RCTP-FT, arXiv 2602.03025).
+"""Stage 1: Reward-Conditioned Trajectory Policy fine-tuning (RCTP-FT, arXiv 2602.03025); and the training
+engine that both stages share.
 
     torchrun sft_rctp.py                                  # the default model, training part of the split
     torchrun --nproc_per_node 8 sft_rctp.py --model Qwen/Qwen2.5-7B-Instruct --tool_docs full
 
-Stage 1 teaches one policy both to succeed and to fail, and which of the two from one token in the prompt:
+Stage 1 trains one policy on successes and on failures. A reward token in the prompt tells the policy which of
+the two to produce:
 
-    1. for each task: play the gold calls in the world, and a corrupted copy that the judge has seen failing
-    2. render both by the same code, `<|high_reward|>` on the first, `<|low_reward|>` on the second, 1:1
+    1. for each task, play the gold calls in the environment, and a corrupted copy that the judge rejects
+    2. render both with the same code, `<|high_reward|>` in the prompt of the success and `<|low_reward|>` in
+       the prompt of the failure (1:1)
     3. pack trajectories that share a prompt: [prefix | branch | branch ...], the prefix computed once
-    4. minimise the cross-entropy of what the assistant said: L = -E[ sum_t log pi(a_t | h_t, r) ]
-    5. write the model as a plain Hugging Face directory, the reference of stage 2
+    4. minimise the cross-entropy of the assistant tokens, as a mean over all N of them in an update:
+       L = -1/N * sum over the N assistant tokens of the update of log pi(a_t | h_t, r)
+    5. write the model as a plain Hugging Face directory: the starting point and KL reference of stage 2
 
-The first half of this file is the training engine of both stages: ranks, the update, the run's folder.
+Read the first three sections; the rest serves them and stage 2. Sections, in order:
+Gold calls and mistakes, Trajectories, Stage 1; Distributed set-up, Sharding, The update, Checkpoints,
+The training loop, Validation, The run directory, Flags.
 """
 import argparse
 import atexit
@@ -34,6 +40,7 @@ import types
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import chain, product
 from pathlib import Path
 
 import bfcl_env
@@ -49,32 +56,442 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import distribute_tensor
 from tqdm import tqdm
 
-import rollout as sampler
 from bfcl_env import BfclError, Call, Episode, judge, write_calls
-from rollout import (STAGE_INFO, StageInfo, Pack, Trajectory, check_model, checksum, compute_dtype, load_policy,
-                     mean_reward, number, pack, rollout, run_main, token_logprobs, transcript)
-
-# Two transcriptions of the paper's hyper-parameters.
-PRESETS = {"appendix": dict(lr=1e-5, batch_size=16, epochs=5), "notes": dict(lr=5e-5, batch_size=32, epochs=3)}
-ARM_REWARD_TOKENS = {"rctp": ["high", "low", None], "mixed": [None], "sft": [None]}  # what an arm's prompts carry
-MICROBATCH = {"cpu": 8192, "cuda": 16384}  # tokens a forward, by default
-WARMUP = 0.05  # share of the steps in which the learning rate rises
-MAX_GRAD_NORM = 1.0  # larger gradients are scaled down to it
-# Flags that change no weight, and names of what is compared by its content.
-IGNORED_ON_RESUME = ("out", "model", "rollouts", "save_every", "save_total_limit", "tracker")
-CONSOLE_METRICS = ("loss", "reward", "rc/reward_high", "rc/reward_low", "frac_reward_zero_std", "rc/var_within_tokens",
-         "rc/var_between_tokens", "kl", "entropy", "grad_norm", "eval/reward_high", "eval/reward_low",
-         "eval/reward_none", "step_time")  # on the console and in curves.png
+from rollout import (DEFAULT_MODEL, STAGE_INFO, Pack, StageInfo, Trajectory, add_sampling_flags,
+                     answer_messages, check_model, checksum, compute_dtype, dummy_pack, filter_overlong,
+                     load_policy, mean_reward, number, pack, rollout, run_main, sampling, token_logprobs,
+                     transcript)
 
 
-# ---- Ranks and sharding ------------------------------------------------------------------------------------
+# ---- Gold calls and mistakes -------------------------------------------------------------------------------
+def gold_calls(task) -> list[list[Call]]:
+    """Return the ground truth by turn, with every argument by keyword.
+
+    The official python decoder drops positional arguments."""
+    episode = Episode(task)
+    turns = []
+    for turn in task.gold:
+        turns.append([Call(name, (), kwargs) for name, kwargs in map(episode.bound, turn)])
+    return turns
+
+
+def script_messages(task, turns: list[list[Call]], call_format, protocol="official") -> list[str]:
+    """Script the assistant messages of an agent that makes these calls.
+
+    Calls are grouped into messages: a call that needs a result of the current message starts a new one. A
+    closing message ends each turn. In the paper's protocol, where plain text ends the conversation, a last
+    call of `done()` is the only closing message."""
+    episode = Episode(task)
+    messages = []
+    known = ""  # text that the agent has read before the current message
+    for user_text, calls in zip(task.turns, turns):
+        known += user_text or ""
+        current = []  # calls of the current message
+        results = ""  # of those calls
+        for call in calls:
+            if current and _needs_result(call, results, known):
+                messages.append(write_calls(current, call_format))
+                known += results
+                current = []
+                results = ""
+            current.append(call)
+            last_result = episode.run([str(call)])[0]
+            results += last_result
+        if current:
+            messages.append(write_calls(current, call_format))
+            known += results
+        if protocol == "paper":
+            continue
+        # Both texts are phrased so that neither decoder parses them as a call.
+        if calls:
+            messages.append(f"Done. {calls[-1].name} returned: {last_result[:80]}")
+        else:
+            messages.append(
+                "I can't do this yet: a function or a detail is missing. Could you give it to me?")
+    if protocol == "paper":
+        messages.append(write_calls([Call("done")], call_format))
+    return messages
+
+
+def _needs_result(call, results, known):
+    """Return whether an argument of the call can be read in `results` alone, not in `known`."""
+    texts = []
+    for value in call.kwargs.values():
+        texts += map(str, value if isinstance(value, list) else [value])
+    # Shorter texts appear everywhere by chance.
+    return any(len(text) > 2 and text in results and text not in known for text in texts)
+
+
+# NOTE: The length of a conversation must not tell its label. "missing" shortens a conversation, "guess"
+# lengthens it, the other two kinds do neither.
+MISTAKES = ("argument", "function", "missing", "guess")
+
+
+def corrupt(task, turns: list[list[Call]], kind, rng) -> list[list[Call]]:
+    """Make one kind of mistake, which models really make, in every other turn on average.
+
+    Several turns are corrupted where that is possible, since a failing agent rarely makes a single mistake.
+    The result is not guaranteed to fail: check it with `judge`."""
+    corrupted = [_corrupt_turn(task, turns, t, kind, rng) for t in range(len(turns))]
+    able = [t for t, calls in enumerate(turns) if corrupted[t] != calls]  # turns that can be corrupted
+    chosen = [t for t in able if rng.random() < len(turns) / len(able) / 2]
+    if not chosen:
+        chosen = able[:1]
+    return [corrupted[t] if t in chosen else calls for t, calls in enumerate(turns)]
+
+
+def _corrupt_turn(task, turns, t, kind, rng):
+    """Return the calls of turn t with a mistake, or unchanged where this kind of mistake cannot be made."""
+    calls = turns[t]
+    if not calls:
+        if kind != "guess" or t + 1 == len(turns):
+            return calls
+        # The agent should ask back. Instead it makes the calls of the next turn with other functions.
+        return [_other_function(task, call, rng) for call in turns[t + 1]]
+    corrupted = list(calls)
+    i = rng.randrange(len(calls))  # index of the call to corrupt
+    call = calls[i]
+    match kind:
+        case "argument" if call.kwargs:
+            key = rng.choice(list(call.kwargs))
+            calls_so_far = chain.from_iterable(turns[:t + 1])
+            value = _other_value(call.kwargs[key], calls_so_far, rng)
+            corrupted[i] = Call(call.name, (), {**call.kwargs, key: value})
+        case "function":
+            corrupted[i] = _other_function(task, call, rng)
+        case "missing" if len(calls) > 1:  # an emptied turn would reveal the label
+            del corrupted[i]
+    return corrupted
+
+
+def _other_function(task, call, rng):
+    """Return a call, with the same values, of another available function that takes as many arguments."""
+    excluded = [call.name, *chain.from_iterable(task.withheld.values())]
+    candidates = []
+    for doc in task.docs:
+        names = doc["parameters"]["properties"]
+        required = doc["parameters"]["required"]
+        fits = len(required) <= len(call.kwargs) <= len(names)
+        if fits and doc["name"] not in excluded:
+            kwargs = dict(zip(names, call.kwargs.values()))
+            candidates.append(Call(doc["name"], (), kwargs))
+    return rng.choice(candidates or [call])  # without a candidate the call stays as it is
+
+
+def _other_value(value, calls_so_far, rng):
+    """Return another value of the same type, if possible one from earlier in the conversation."""
+    others = []
+    for call in calls_so_far:
+        others += [v for v in call.kwargs.values() if type(v) is type(value) and v != value]
+    if others:
+        return rng.choice(others)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + rng.choice([1, 10, 100])
+    if isinstance(value, str):
+        return value + "_new"
+    return [value]
+
+
+# ---- Trajectories ------------------------------------------------------------------------------------------
+def play_script(policy, env, messages: list[str], reward_token: str | None, reward="official") -> Trajectory:
+    """Play scripted messages in the environment and render the conversation exactly as sampling would.
+
+    Args:
+        reward: The kind of reward that the verdict is turned into (--reward).
+
+    Returns:
+        The judged trajectory. Its loss mask is 1 on the scripted messages; all its log-probs are 0.0."""
+    chat = policy.chat
+    ids = list(chat.render_prompt(env.messages(), reward_token))
+    loss_mask = [0] * len(ids)
+    calls = 0
+    for n, text in enumerate(messages, start=1):
+        message_ids = chat.render_assistant(text)
+        ids += message_ids
+        loss_mask += [1] * len(message_ids)
+        step = env.step(text)
+        calls += len(step.results)
+        if step.done:
+            break
+        if n < len(messages):
+            reply_ids = chat.render_env_reply(answer_messages(step))
+            ids += reply_ids
+            loss_mask += [0] * len(reply_ids)
+    verdict = env.verdict()
+    return Trajectory(
+        env.id,
+        reward_token,
+        ids,
+        loss_mask,
+        [0.0] * len(ids),
+        verdict.reward(reward),
+        step.reason or "done",
+        vars(verdict),
+        steps=n,
+        calls=calls)
+
+
+def make_pair(policy, task, make_env, args, used, reward_token_of) -> list[Trajectory]:
+    """Write a [success, failure] pair of one task; the two agree up to the first mistake.
+
+    Args:
+        used: How often each kind of mistake was made so far. The least used kind is tried first.
+        reward_token_of: Function from a label, "high" or "low", to the reward token of the prompt.
+
+    Raises:
+        BfclError: If the ground truth fails, or no corrupted copy of it does."""
+    rng = random.Random(f"{args.seed} {task.id}")
+    gold = gold_calls(task)
+
+    def play(turns, label):
+        env = make_env(task)
+        messages = script_messages(task, turns, env.call_format, args.protocol)
+        return play_script(policy, env, messages, reward_token_of(label), args.reward)
+
+    success = play(gold, "high")
+    if success.reward != 1:
+        raise BfclError(f"the ground truth of {task.id} does not pass: {success.verdict}")
+    for kind in sorted(MISTAKES, key=lambda kind: used[kind]):
+        for _ in range(8):
+            turns = corrupt(task, gold, kind, rng)
+            steps = [[list(map(str, calls))] for calls in turns]  # all calls of a turn in one step
+            # Rendering is slow: judge the calls first. The rendered messages are judged again.
+            if judge(task, steps).reward(args.reward) == 1:
+                continue
+            failure = play(turns, "low")
+            if failure.reward < 1:
+                used[kind] += 1
+                failure.verdict["mistake"] = kind
+                return [success, failure]
+    raise BfclError(f"found no failing variant of {task.id}")
+
+
+def read_rollouts(policy, tasks, make_env, args, reward_token_of) -> list[Trajectory]:
+    """Read the rollouts of these tasks from the files of --rollouts, and relabel them by their verdict.
+
+    Only the prompt is rendered again, since it contains the reward token.
+
+    Raises:
+        BfclError: With file and line, for a line that is not a rollout with this run's prompt."""
+    tasks_by_id = {task.id: task for task in tasks}
+    found = []
+    for file in args.rollouts:
+        for n, line in enumerate(Path(file).read_bytes().splitlines(), start=1):
+            try:
+                t = Trajectory.from_json(line)
+                if t.task not in tasks_by_id or 1 not in t.loss_mask:
+                    continue
+                messages = make_env(tasks_by_id[t.task]).messages()
+                found.append(_relabel(t, policy.chat, messages, args.reward, reward_token_of))
+            except (BfclError, KeyError, TypeError, ValueError):
+                raise BfclError(f"{file}, line {n}: not a rollout with this run's prompt; give a run's "
+                                "rollouts/*.jsonl and its --model, --tool_docs, --call_format and "
+                                "--protocol") from None
+    return found
+
+
+def _relabel(t, chat, messages, reward_kind, reward_token_of):
+    """Return the rollout with the reward of its verdict, and the reward token of that reward in its prompt.
+
+    Raises:
+        BfclError, KeyError, TypeError, ValueError: If it is not a rollout with this prompt."""
+    reward = bfcl_env.Verdict(**t.verdict).reward(reward_kind)
+    old_prompt = t.segments()[0][1]
+    if old_prompt != chat.render_prompt(messages, t.reward_token) or len(t.loss_mask) != len(t.ids):
+        raise ValueError("another prompt")
+    reward_token = reward_token_of("high" if reward == 1 else "low")
+    prompt = chat.render_prompt(messages, reward_token)
+    end = len(old_prompt)
+    ids = prompt + t.ids[end:]
+    return replace(
+        t,
+        reward_token=reward_token,
+        reward=reward,
+        ids=ids,
+        loss_mask=[0] * len(prompt) + t.loss_mask[end:],
+        logprobs=[0.0] * len(ids))
+
+
+def pair_rollouts(trajectories: list[Trajectory], limit):
+    """Pair successes with failures, of any tasks; the surplus of one side is not used.
+
+    Returns:
+        The [success, failure] pairs, and how many of the rollouts are longer than `limit` tokens.
+
+    Raises:
+        BfclError: If there is no pair."""
+    short = [t for t in trajectories if len(t.ids) <= limit]
+    left_out = len(trajectories) - len(short)
+    successes = [t for t in short if t.reward == 1]
+    failures = [t for t in short if t.reward < 1]
+    pairs = [list(pair) for pair in zip(successes, failures)]
+    if not pairs:
+        raise BfclError(f"--rollouts has {len(successes)} successes and {len(failures)} failures in the "
+                        f"chosen tasks, {left_out} too long: it needs both; give more files, or tasks")
+    return pairs, left_out
+
+
+def stage1_data(policy, tasks, make_env, args):
+    """Return the training data of --arm, written or read from --rollouts.
+
+    Every arm has as many pairs, and makes as many updates of as many pairs. The sft arm keeps only the
+    success of each pair, and so has half as many trajectories.
+
+    Returns:
+        [success, failure] pairs with the reward tokens of --arm, and how many pairs (of --rollouts: rollouts)
+        are left out because they are too long."""
+    limit = min(args.max_len, policy.max_len, args.tokens_per_microbatch)  # tokens per trajectory
+    rng = random.Random(f"{args.seed} tokens")
+
+    def reward_token_of(label):
+        return label if args.arm == "rctp" and rng.random() >= args.reward_token_dropout else None
+
+    if args.rollouts:
+        found = read_rollouts(policy, tasks, make_env, args, reward_token_of)
+        rng.shuffle(found)
+        pairs, left_out = pair_rollouts(found, limit)
+    else:
+        # The kind "guess" is possible only in tasks with an empty turn. They come last, so that their guesses
+        # catch up with the other kinds.
+        order = sorted(tasks, key=lambda task: [] in task.gold)
+        used = Counter()
+        written = [make_pair(policy, task, make_env, args, used, reward_token_of)
+                   for task in tqdm(order, desc="data", disable=None)]
+        pairs = [pair for pair in written if max(len(t.ids) for t in pair) <= limit]
+        left_out = len(written) - len(pairs)
+    if args.arm == "sft":
+        pairs = [pair[:1] for pair in pairs]
+    return pairs, left_out
+
+
+def data_statistics(trajectories: list[Trajectory], max_new_tokens):
+    """Summarise the data by label, reward token and kind of mistake, and count the messages that the sampler
+    would cut off."""
+    reward_tokens = Counter(t.reward_token or "none" for t in trajectories)
+    kinds = Counter("success" if t.reward == 1 else t.verdict.get("mistake") or t.verdict["error_type"]
+                    for t in trajectories)
+    message_lengths = []  # token ids per assistant message
+    for t in trajectories:
+        message_lengths += [len(ids) for is_sampled, ids in t.segments() if is_sampled]
+    cut_off = sum(length > max_new_tokens for length in message_lengths)
+    return (f"trajectories {dict(kinds)}, reward tokens {dict(reward_tokens)}; messages of at most "
+            f"{max(message_lengths)} tokens, {cut_off} of {len(message_lengths)} longer than "
+            f"--max_new_tokens {max_new_tokens}: the sampler would cut those off")
+
+
+# ---- Stage 1 -----------------------------------------------------------------------------------------------
+# Reward tokens in the prompts of each arm. None is a prompt without a reward token.
+ARM_REWARD_TOKENS = {"rctp": ["high", "low", None], "mixed": [None], "sft": [None]}
+
+
+def main():
+    args = parse_args()
+    distributed = init_distributed()
+    out = begin_run(args, distributed)
+    tasks = bfcl_env.select_tasks(args)
+    val_tasks = validation_tasks(args, {task.id for task in tasks})
+    torch.manual_seed(args.seed)  # only the weights of the `tiny` model are drawn from this generator
+    policy = load_policy(args.model, torch.float32, "cpu", weights=distributed.is_main,
+                         thinking=args.thinking)
+    call_format = policy.call_format(args.call_format)
+    make_env = bfcl_env.make_env_fn(args, call_format)
+    banned = policy.banned.to(distributed.device)
+    dtype = compute_dtype(args.dtype, distributed.device)
+
+    # steps 1 and 2: successes and failures, played and rendered
+    pairs, left_out = stage1_data(policy, tasks, make_env, args)
+    if not pairs:
+        raise BfclError(f"none of the {len(tasks)} tasks fits --max_len {args.max_len} and "
+                        f"--tokens_per_microbatch {args.tokens_per_microbatch}: raise them, or take "
+                        "smaller --tool_docs")
+    data = list(chain.from_iterable(pairs))
+    digest = hashlib.sha256(str([t.ids for t in data]).encode()).hexdigest()
+    weights = checksum(policy.model) if distributed.is_main else None
+    weights = distributed.broadcast(weights)
+    check_and_record_settings(out, distributed, {"weights": weights, "data": digest, "compute": str(dtype)})
+    if val_tasks:
+        val_tasks = filter_overlong(policy, val_tasks, make_env, args.max_len)
+        # A full copy of the policy for sampling. Its memory is free between validations.
+        sampler_policy = load_policy(
+            args.model, dtype, distributed.device, weights=False, thinking=args.thinking)
+        free_weights(sampler_policy.model)
+    model, optimizer = shard_model(policy, args, dtype, distributed)  # from here on policy.model is sharded
+    pairs_per_step = max(1, args.batch_size // 2)
+    steps = args.steps or args.epochs * math.ceil(len(pairs) / pairs_per_step)
+    loop = TrainLoop(out, args, model, optimizer, steps, distributed)
+    loop.resume()
+    distributed.print0(
+        f"{transcript(data[-1], policy.tokenizer)}\n\n{data_statistics(data, args.max_new_tokens)}\n"
+        f"stage 1: {args.model} | docs {args.tool_docs}, call format {call_format} "
+        f"({policy.chat.call_format_reason}) | "
+        f"{len(pairs)} pairs of {len(tasks)} tasks, {left_out} too long | arm {args.arm} | "
+        f"{steps} steps of {pairs_per_step} pairs, from {loop.done + 1} | {dtype} on {distributed.size} x "
+        f"{distributed.device.type} | {out}")
+
+    for step in loop.steps():
+        start = synced_time(distributed.device)
+
+        # step 3: every rank makes the same packs of the update, and takes every size-th of them
+        batch = []
+        for i in epoch_shuffle(len(pairs), (step - 1) * pairs_per_step, pairs_per_step, args.seed):
+            batch += pairs[i]
+        packs = pack(batch, args.tokens_per_microbatch, distributed.device)
+        my_packs = pad_packs(packs[distributed.rank::distributed.size], distributed)
+
+        # step 4: L = -1/N * sum of log pi(a_t | h_t, r)
+        N = sum(len(p.targets) for p in packs)  # the one normaliser of the update, known before any forward
+
+        def loss_of(p):
+            return -model.token_logprobs(p, banned).sum() / N
+
+        lr = get_lr(step, args.lr, steps, decay=steps // 5)
+        optimizer.param_groups[0]["lr"] = lr
+        norm, loss = optimizer_step(model, optimizer, my_packs, loss_of, distributed)
+
+        seconds = synced_time(distributed.device) - start
+        num_tokens = sum(len(p.ids) for p in packs)
+        metrics = {"loss": loss, "grad_norm": norm, "learning_rate": lr, "num_tokens": num_tokens,
+                   "step_time": seconds, "perf/throughput": num_tokens / seconds}
+        # The rewards under each reward token show whether the policy has learned to follow it.
+        if val_tasks and (step % args.eval_every == 0 or step == steps):
+            load_full_weights(sampler_policy.model, model)
+            reward_tokens = ARM_REWARD_TOKENS[args.arm]
+            metrics |= validate(sampler_policy, val_tasks, reward_tokens, make_env, args, distributed)
+            free_weights(sampler_policy.model)
+        loop.log(step, metrics)
+
+    # step 5: the model, for stage 2
+    loop.end(policy, stage1_info(policy, data, call_format, args), hint="torchrun rl_rcgrpo.py --model")
+
+
+def stage1_info(policy, data, call_format, args):
+    """Return the facts about this run that stage 2 and the evaluation need."""
+    return StageInfo(
+        stage="rctp",
+        base_model=policy.stage_info.base_model or args.model,
+        tool_docs=args.tool_docs,
+        call_format=call_format,
+        protocol=args.protocol,
+        arm=args.arm,
+        data_source="rollouts" if args.rollouts else "written",
+        stage1_reward_tokens=sorted({t.reward_token or "none" for t in data}),
+        tasks=sorted({t.task for t in data}),
+        reward_ids=policy.reward_ids,
+        template_sha256=policy.chat.fingerprint,
+        thinking=policy.chat.thinking,
+        date=policy.chat.date)
+
+
+# ---- Distributed set-up ------------------------------------------------------------------------------------
 @dataclass
 class Distributed:
-    """Who this process is among those of a run. Plain `python` is one of one; every path is the same."""
+    """Rank, number of ranks and device of this process. Plain `python` is one rank on the same code path."""
     rank: int
     size: int
     device: torch.device
-    lock: object = None  # an open file, see `lock_run_dir`
+    lock: object = None  # open file, see `lock_run_dir`
 
     @property
     def is_main(self):
@@ -90,38 +507,46 @@ class Distributed:
         return t.item()
 
     def gather(self, values):
-        """The lists of all ranks, one after the other."""
+        """Concatenate the lists of all ranks, on every rank."""
         parts = [None] * self.size
         dist.all_gather_object(parts, values)
-        return [value for part in parts for value in part]
+        return list(chain.from_iterable(parts))
 
     def broadcast(self, value):
-        """Rank 0's value, on every rank."""
+        """Return rank 0's value on every rank."""
         box = [value]
         dist.broadcast_object_list(box)
         return box[0]
 
     def raise_together(self, complaint: str | None):
-        """Errors: BfclError on every rank if any complains. One that failed alone would hang the rest."""
+        """Raise on every rank if any rank complains. A rank that failed alone would leave the others hanging.
+
+        Raises:
+            BfclError: With the complaint of the lowest rank that has one."""
         complaints = [text for text in self.gather([complaint]) if text]
         if complaints:
             raise BfclError(complaints[0])
 
 
 def init_distributed() -> Distributed:
-    """Errors: BfclError if a launcher other than torchrun left out which GPU is this rank's, or if ranks share
-    a GPU."""
+    """Join the process group that torchrun describes, or make one of a single rank.
+
+    Raises:
+        BfclError: If a launcher other than torchrun did not set LOCAL_RANK, or if ranks share a GPU."""
     if ("RANK" in os.environ) != ("LOCAL_RANK" in os.environ):
         raise BfclError("only one of RANK and LOCAL_RANK is set: start the ranks with torchrun, or set both")
-    options = {}  # from torchrun, by environment variables
-    if "RANK" not in os.environ:  # plain `python`
+    if "RANK" in os.environ:
+        options = {}  # torchrun gives them by environment variables
+    else:  # plain `python`
         options = dict(store=dist.HashStore(), rank=0, world_size=1)
-    device, backend = local_device(), "gloo"
+    device = local_device()
+    backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # Without device_id NCCL starts at its first collective, after the check below, which says what to type.
+        # Without device_id NCCL starts at its first collective. That is after the check below, whose message
+        # tells the user what to type.
         backend = "cpu:gloo,cuda:nccl"
-    # Ranks end their rollouts at different times: hours, not the default 10 minutes, may lie between them.
+    # Ranks may finish their rollouts hours apart. The default timeout is 10 minutes.
     dist.init_process_group(backend, timeout=datetime.timedelta(days=7), **options)
     distributed = Distributed(dist.get_rank(), dist.get_world_size(), device)
     if device.type == "cuda":
@@ -133,222 +558,191 @@ def init_distributed() -> Distributed:
 
 
 def local_device():
-    """This rank's GPU, or the CPU. Errors: BfclError if there is none with the number of LOCAL_RANK."""
+    """Return this rank's GPU, or the CPU of a machine without GPUs.
+
+    Raises:
+        BfclError: If no visible GPU has the number of LOCAL_RANK."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    index = int(os.environ.get("LOCAL_RANK", 0))
+    count = torch.cuda.device_count()
     if count == 1 and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-        index = 0  # the launcher shows every rank one GPU, its own
+        index = 0  # the launcher shows each rank one GPU only
     if index >= count:
-        raise BfclError(f"LOCAL_RANK is {index}, but {count} GPUs are visible: give --nproc_per_node {count}, or "
-                        "where each rank sees its own GPU alone, set LOCAL_WORLD_SIZE")
+        raise BfclError(f"LOCAL_RANK is {index}, but {count} GPUs are visible: give --nproc_per_node "
+                        f"{count}; if the launcher shows each rank one GPU only, set LOCAL_WORLD_SIZE")
     return torch.device("cuda", index)
 
 
 def synced_time(device):
-    """Seconds, after what the device was given is done."""
+    """Return the time in seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.monotonic()
 
 
+# ---- Sharding ----------------------------------------------------------------------------------------------
 def use_gradient_checkpointing(model, flag):
-    """What --gradient_checkpointing means; without it 7B do not fit on a 141 GB card beside their moments."""
-    return flag == "on" or flag == "auto" and model.num_parameters() > 1e9
+    """Resolve --gradient_checkpointing. Without it a 7B model and its moments do not fit on a 141 GB GPU."""
+    return flag == "on" or (flag == "auto" and model.num_parameters() > 1e9)
 
 
 def shard_model(policy, args, dtype, distributed):
-    """(model, optimizer) to train a policy that lies in fp32 on the host: FSDP2 over all ranks, each moves
-    its part; fp32 masters, `dtype` compute, fp32 reduction. The weights are those of rank 0, others need
-    none. `token_logprobs` becomes a method.
+    """Shard a policy over all ranks with FSDP2, and make its optimizer.
 
-    AdamW without weight decay; beta2 0.95, since at 0.999 a short run never forgets its large first
-    gradients, and its steps stay small."""
+    Master weights are fp32, compute is `dtype`, gradients are reduced in fp32. The optimizer is AdamW without
+    weight decay. Its beta2 is 0.95: with 0.999 the first, large gradients dominate the second moment
+    during all of a short run, and its steps stay small.
+
+    Args:
+        policy: In fp32 on the host. Only rank 0 needs weights; every rank moves its shard to its device.
+
+    Returns:
+        (model, optimizer). `token_logprobs` is a method of the model."""
     model = policy.model
     if use_gradient_checkpointing(model, args.gradient_checkpointing):
-        # The second is its name in older versions of transformers.
+        # Older versions of transformers know only the second name.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    whole = {name: p.detach() for name, p in model.named_parameters()}
+    full_weights = {name: p.detach() for name, p in model.named_parameters()}
     mesh = torch.distributed.init_device_mesh(distributed.device.type, (distributed.size,))
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for part in [*model.model.layers, model]:  # a layer's weights are gathered when it runs
         fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
     for name, p in model.named_parameters():
-        source = whole.pop(name).to(distributed.device)  # counts on rank 0 only
-        p.detach().to_local().copy_(distribute_tensor(source, mesh, p.placements).to_local())
+        full = full_weights.pop(name).to(distributed.device)  # only rank 0's values are used
+        shard = distribute_tensor(full, mesh, p.placements).to_local()
+        p.detach().to_local().copy_(shard)
     model.token_logprobs = types.MethodType(token_logprobs, model)
-    register_fsdp_forward_method(model, "token_logprobs")  # calls inner modules: gather the root's weights
-    return model.train(), torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95),
-                                            weight_decay=0.0, fused=True)
+    # The method calls inner modules. Registering it makes FSDP gather the root's weights, as for a forward.
+    register_fsdp_forward_method(model, "token_logprobs")
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0,
+                                  fused=True)
+    return model, optimizer
 
 
 @torch.no_grad()
-def load_full_weights(target, model, kept=None):
-    """Fill the whole model `target`, one parameter at a time, from the sharded `model`, or from the shards of
-    it that `offload_shards` has put aside."""
-    torch.cuda.empty_cache()  # blocks of an update, into which no whole parameter fits
+def load_full_weights(target, model, shards=None):
+    """Fill the full copy `target`, one parameter at a time, from the sharded `model`.
+
+    Args:
+        shards: Return value of `offload_shards`. If given, these weights are loaded instead."""
+    torch.cuda.empty_cache()  # the blocks that an update leaves fit no full parameter
     for p, (name, shard) in zip(target.parameters(), model.named_parameters(), strict=True):
-        if kept:
+        if shards:
             shard = torch.empty_like(shard, dtype=p.dtype)
-            shard.to_local().copy_(kept[name])
-        whole = shard.full_tensor()
-        if p.shape != whole.shape:  # it was released
-            p.data = torch.empty(whole.shape, dtype=p.dtype, device=p.device)
-        p.copy_(whole)  # in the target's dtype
+            shard.to_local().copy_(shards[name])
+        full = shard.full_tensor()
+        if p.shape != full.shape:  # freed by `free_weights`
+            p.data = torch.empty(full.shape, dtype=p.dtype, device=p.device)
+        p.copy_(full)  # in the target's dtype
 
 
 def offload_shards(model, dtype):
-    """This rank's shards in host memory: views of one flat buffer. Where a GPU is, its pages are pinned, so
-    that the GPU fetches them quickly; torch's own pinned blocks would be rounded up to powers of two. They
-    stay pinned as long as the process lives."""
+    """Copy this rank's shards to host memory.
+
+    With a GPU the memory is pinned, so that the GPU fetches it quickly. It stays pinned as long as the
+    process lives. One flat buffer is pinned by hand, since torch rounds the size of each pinned block up to a
+    power of two.
+
+    Returns:
+        The shards by parameter name, as views of the buffer."""
     shards = {name: p.detach().to_local() for name, p in model.named_parameters()}
-    flat = torch.empty(sum(shard.numel() for shard in shards.values()), dtype=dtype)  # [weights of a rank]
+    size = sum(shard.numel() for shard in shards.values())
+    flat = torch.empty(size, dtype=dtype)  # [weights of a rank]
     if any(shard.is_cuda for shard in shards.values()):
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.nbytes, 0))
-    kept, end = {}, 0
+    views = {}
+    start = 0
     for name, shard in shards.items():
-        start, end = end, end + shard.numel()
-        kept[name] = flat[start:end].view(shard.shape).copy_(shard)
-    return kept
+        end = start + shard.numel()
+        views[name] = flat[start:end].view(shard.shape).copy_(shard)
+        start = end
+    return views
 
 
 def free_weights(model):
-    """Give the memory of a whole model back until the next `load_full_weights`, and what rollouts left: their
-    blocks fit no update."""
+    """Free the memory of a full copy until the next `load_full_weights`, and the blocks that rollouts leave
+    in the CUDA cache, which fit no update."""
     for p in model.parameters():
         p.data = p.data.new_empty(0)
     torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 # ---- The update --------------------------------------------------------------------------------------------
+WARMUP = 0.05  # share of the steps in which the learning rate rises
+MAX_GRAD_NORM = 1.0  # larger gradients are scaled down to this norm
+
+
 def pad_packs(packs: list[Pack], distributed) -> list[Pack]:
-    """The packs, and as many idle ones as another rank has more: sharded forwards are collective, so every
-    rank makes the same number."""
+    """Pad with dummy packs so that every rank makes the same number of forwards, at least one.
+
+    Sharded forwards are collective: with unequal numbers the ranks would wait for each other forever."""
     count = int(distributed.all_reduce(max(1, len(packs)), dist.ReduceOp.MAX))
-    return packs + [sampler.dummy_pack(distributed.device)] * (count - len(packs))
+    return packs + [dummy_pack(distributed.device)] * (count - len(packs))
 
 
-def optimizer_step(model, optimizer, packs: list[Pack], loss_of, distributed) -> tuple[float, float]:
-    """One optimizer step over this rank's packs, made as many on every rank by `pad_packs`. Returns the
-    gradient's norm and the loss, over all ranks; if one is not finite the step is skipped, the norm is NaN.
+def optimizer_step(model, optimizer, packs: list[Pack], loss_of, distributed):
+    """Make one optimizer step over this rank's packs.
 
-    loss_of(pack) -> scalar whose sum over the packs of all ranks is the loss: the gradient depends neither on
-    how the packs are cut nor on how many ranks there are."""
+    Args:
+        packs: The same number on every rank, see `pad_packs`.
+        loss_of: Function from a pack to a scalar. The loss is the sum of these scalars over the packs of all
+            ranks. So the gradient depends neither on how the packs are cut nor on the number of ranks.
+
+    Returns:
+        (gradient norm, loss), over all ranks. If one of them is not finite, the step is skipped and the norm
+        is NaN."""
     total = 0.0
     for p in packs:
         loss = loss_of(p)
-        total += loss.item()  # of this rank
-        (loss * distributed.size).backward()  # FSDP averages over ranks, this is a sum
+        total += loss.item()
+        (loss * distributed.size).backward()  # undoes FSDP's mean over ranks: the loss is a sum
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM).full_tensor().item()
     total = distributed.all_reduce(total)
     if math.isfinite(total + norm):  # the same numbers on every rank
         optimizer.step()
     else:
         norm = math.nan
-    optimizer.zero_grad()  # also of a step that was skipped
+    optimizer.zero_grad()  # also after a skipped step
     return norm, total
 
 
 def get_lr(step, peak, total, decay=0):
-    """Of step 1, 2, ..., total: it rises over WARMUP, stays, falls towards 0 in the last `decay` steps."""
-    return peak * min(1.0, step / max(1, int(WARMUP * total)), (total - step + 1) / max(1, decay))
+    """Return the learning rate of a step from 1 to `total`: a linear rise over the share WARMUP of the steps,
+    then constant, then a linear fall towards 0 over the last `decay` steps."""
+    rising = step / max(1, int(WARMUP * total))
+    falling = (total - step + 1) / max(1, decay)
+    return peak * min(1.0, rising, falling)
 
 
 def epoch_shuffle(n, start, count, seed) -> list[int]:
-    """Items start to start + count - 1 of the endless sequence of shuffled passes over range(n): a run that
-    resumes finds its place without having stored it.
+    """Return items start to start + count - 1 of an endless stream of epochs, each a shuffled range(n).
+
+    The function is stateless: a run that resumes needs no stored sampler state.
 
     >>> epoch_shuffle(3, 0, 4, seed=0) + epoch_shuffle(3, 4, 2, seed=0) == epoch_shuffle(3, 0, 6, seed=0)
     True
     >>> sorted(epoch_shuffle(3, 3, 3, seed=0))
     [0, 1, 2]
     """
-    order, first = [], start // n
-    for one in range(first, (start + count - 1) // n + 1):  # the passes that they are in
-        order += random.Random(f"{seed} {one}").sample(range(n), n)
-    return order[start - first * n:][:count]
+    first_epoch = start // n
+    last_epoch = (start + count - 1) // n
+    order = []
+    for epoch in range(first_epoch, last_epoch + 1):
+        order += random.Random(f"{seed} {epoch}").sample(range(n), n)
+    offset = start - first_epoch * n
+    return order[offset:offset + count]
 
 
-def peak_memory_gb(device):
-    """GiB: peak of the device on CUDA, of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-# ---- The run's folder --------------------------------------------------------------------------------------
-def atomic_write(path, text):
-    """Written beside and renamed: a reader never sees half a file. What is no text becomes JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")  # what a kill may leave
-    partial.write_text(text if isinstance(text, str) else json.dumps(text, indent=1, default=str))
-    partial.replace(path)
-
-
-def lock_run_dir(args, distributed):
-    """Make the folder --out, note in its config.json with what the run is made, and keep others out as long
-    as this process lives: a command typed twice, or the workers that a killed torchrun leaves behind.
-    Errors: BfclError, on every rank."""
-    out, complaint = Path(args.out), None
-    if distributed.is_main:
-        out.mkdir(parents=True, exist_ok=True)
-        distributed.lock = open(out / ".lock", "w")  # as long as it is open; the kernel closes it in any case
-        try:
-            fcntl.flock(distributed.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            complaint = f"another process is at work in {out}: wait for it, stop it, or give another --out"
-    distributed.raise_together(complaint)
-    work = [*out.glob("metrics.jsonl"), *out.glob("*.rank*.jsonl")]
-    begun = any(path.stat().st_size for path in work)
-    if distributed.is_main and begun:
-        flags = json.loads((out / "config.json").read_text())["args"]
-        if flags.keys() != vars(args).keys():
-            complaint = f"{out} holds a run of another version of this code: give a new folder with --out"
-    distributed.raise_together(complaint)
-    if distributed.is_main and not begun:  # nothing was done yet: begin anew
-        commit = ""
-        with contextlib.suppress(OSError):  # no git on this machine
-            commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], text=True,
-                                    capture_output=True).stdout.strip()
-        versions = {name: version(name) for name in ("torch", "transformers", "bfcl-eval")}
-        atomic_write(out / "config.json", {"args": vars(args), "commit": commit, "versions": versions,
-                                    "device": f"{distributed.size} x {distributed.device}"})
-    return out
-
-
-def check_same_run(out, distributed, facts):
-    """Decide whether the folder holds this same run: facts that are new are noted in its config.json, those
-    that stand there must be the same. Errors: BfclError on every rank, with what differs."""
-    path, facts = out / "config.json", json.loads(json.dumps(facts))  # as they will be read back
-    config = json.loads(path.read_text()) if distributed.is_main else None
-    first, config = distributed.broadcast((facts, config))  # all ranks must agree with it
-    expected, complaint = {**first, **config.get("same", {})}, None
-    differ = [f"{k}: {expected[k]!r} there, {v!r} here" for k, v in facts.items() if v != expected[k]]
-    if differ:
-        complaint = (f"{out} holds another run ({'; '.join(differ)}): give a new folder with --out, or what "
-                     "that run began with to go on with it")
-    distributed.raise_together(complaint)
-    if distributed.is_main:
-        atomic_write(path, {**config, "same": expected})
-
-
-def begin_run(args, distributed):
-    """Claim the run's folder, for a new run or the same one again."""
-    if args.tracker != "none" and not importlib.util.find_spec(args.tracker):
-        raise BfclError(f"--tracker {args.tracker}: pip install {args.tracker}")
-    out = lock_run_dir(args, distributed)
-    settings = {name: value for name, value in vars(args).items() if name not in IGNORED_ON_RESUME}
-    check_same_run(out, distributed, settings)
-    return out
-
-
+# ---- Checkpoints -------------------------------------------------------------------------------------------
 @dataclass
 class Checkpointer:
-    """checkpoints/step_000010/: masters, moments of AdamW and, as the mark that all is there, done.json.
+    """Save and load checkpoints/step_000010/: fp32 weights and AdamW state; done.json marks it as complete.
 
-    The distributed format, so that any number of ranks can read it. Written beside and renamed. It holds no
-    random state, since every draw of a run is a function of (seed, step, ...). The newest `save_total_limit` stay."""
+    The format is torch's distributed one, so that any number of ranks can read it. A checkpoint is written
+    under another name and renamed. It holds no random state, since every draw of a run is a function of
+    (seed, step, ...). The newest `save_total_limit` checkpoints are kept."""
 
     folder: Path
     model: torch.nn.Module
@@ -356,24 +750,18 @@ class Checkpointer:
     save_total_limit: int
     distributed: Distributed
 
-    def _tensors(self):
-        tensors = {}
-        for name, p in self.model.named_parameters():
-            moments = self.optimizer.state[p]
-            if not moments:  # before the first step
-                moments["step"] = torch.zeros((), device=p.device)
-                moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            tensors[name] = p.detach()  # of each rank its part; dcp puts them together
-            for key, value in moments.items():
-                tensors[f"{name}:{key}"] = value
-        return tensors
-
     def complete(self) -> list[Path]:
-        """Folders of the checkpoints that are complete, oldest first."""
+        """Return the folders of the complete checkpoints, oldest first."""
         return sorted(path.parent for path in self.folder.glob("step_??????/done.json"))
 
     def save(self, step, state):
-        """state: what a resumed run needs to know beside the tensors. Errors: BfclError."""
+        """Write the checkpoint of a step and remove the oldest ones.
+
+        Args:
+            state: Further values that a resumed run needs, as JSON.
+
+        Raises:
+            BfclError: If it cannot be written. Older checkpoints are untouched."""
         final = self.folder / f"step_{step:06d}"
         partial = final.with_suffix(".partial")
         try:
@@ -383,105 +771,106 @@ class Checkpointer:
                 shutil.rmtree(final, ignore_errors=True)
                 partial.rename(final)
         except (OSError, dcp.api.CheckpointException) as error:
-            raise BfclError(f"the checkpoint of step {step} cannot be written to {self.folder}: "
-                            f"{str(error).strip().splitlines()[-1]}; older ones are untouched, make room and "
-                            "type the same command again")
-        for old in self.complete()[:-self.save_total_limit] if self.distributed.is_main else []:
-            (old / "done.json").unlink()  # first the mark, then the rest
-            shutil.rmtree(old)
+            reason = str(error).strip().splitlines()[-1]
+            raise BfclError(f"the checkpoint of step {step} cannot be written to {self.folder}: {reason}; "
+                            "older ones are untouched, make room and type the same command again")
+        if self.distributed.is_main:
+            for old in self.complete()[:-self.save_total_limit]:
+                # NOTE: The mark goes first. Else a kill leaves a partial checkpoint that looks complete.
+                (old / "done.json").unlink()
+                shutil.rmtree(old)
 
     def load(self):
-        """Fill model and optimizer from the newest; returns {"step": 10, **state}, or step 0 without one."""
-        newest = []
-        if self.distributed.is_main:  # one rank looks
-            for path in self.folder.glob("step_*"):  # what a kill left, while saving or removing
-                if path not in self.complete():
+        """Remove partial checkpoints, and load the newest complete one into the model and the optimizer.
+
+        Returns:
+            {"step": 10, **state}, or {"step": 0} without a checkpoint."""
+        newest = None
+        if self.distributed.is_main:
+            complete = self.complete()
+            newest = complete[-1] if complete else None
+            for path in self.folder.glob("step_*"):
+                if path not in complete:  # a killed process was saving or removing it
                     shutil.rmtree(path)
-            newest = self.complete()[-1:]
         newest = self.distributed.broadcast(newest)
-        if not newest:
+        if newest is None:
             return {"step": 0}
-        dcp.load(self._tensors(), checkpoint_id=newest[0])
-        return json.loads((newest[0] / "done.json").read_text())
+        dcp.load(self._tensors(), checkpoint_id=newest)
+        return json.loads((newest / "done.json").read_text())
+
+    def _tensors(self):
+        """Return this rank's shards of weights and AdamW state by name. DCP assembles those of all ranks.
+
+        A state that does not exist yet is made of zeros."""
+        tensors = {}
+        for name, p in self.model.named_parameters():
+            tensors[name] = p.detach()
+            moments = self.optimizer.state[p]
+            if not moments:  # no step was made yet
+                moments["step"] = torch.zeros((), device=p.device)
+                moments["exp_avg"] = torch.zeros_like(p)
+                moments["exp_avg_sq"] = torch.zeros_like(p)
+            for key, value in moments.items():
+                tensors[f"{name}:{key}"] = value
+        return tensors
 
 
-class MetricsLogger:
-    """One line a step in metrics.jsonl, the same numbers on one line of the console, and on request in
-    Weights & Biases or TensorBoard. A resumed run drops the lines of steps that will be made again."""
-
-    def __init__(self, out, done, args):
-        self.path, self.track = out / "metrics.jsonl", lambda step, metrics: None
-        lines = self.path.read_text().splitlines(keepends=True)[:done] if done else []  # one a step
-        atomic_write(self.path, "".join(lines))
-        if args.tracker == "wandb":
-            import wandb
-            name = str(out).replace("/", "-")
-            wandb.init(project="rc-grpo", id=name, dir=out, config=vars(args), resume="allow")
-            self.track = lambda step, metrics: wandb.log(metrics, step=step)
-        elif args.tracker == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(out, purge_step=done + 1)
-            atexit.register(writer.close)  # else what it has not written yet is lost
-            self.track = lambda step, metrics: [writer.add_scalar(name, x, step)
-                                                for name, x in metrics.items()]
-
-    def log(self, step, total, metrics):
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        values = " | ".join(f"{name.split('/')[-1]} {metrics[name]:.4g}" for name in CONSOLE_METRICS if name in metrics)
-        tqdm.write(f"step {step}/{total} | {values}")
-        self.track(step, metrics)
-
-
-def plot_curves(out):
-    """curves.png from metrics.jsonl, one panel per metric of CONSOLE_METRICS that was logged."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]  # one a step
-    names = [name for name in CONSOLE_METRICS if any(name in line for line in lines)]
-    figure, axes = plt.subplots(len(names), 1, sharex=True, squeeze=False, layout="constrained",
-                                figsize=(6, 1.5 * len(names)))
-    for axis, name in zip(axes[:, 0], names):
-        axis.plot([line["step"] for line in lines], [line.get(name) for line in lines], ".-")
-        axis.set_title(name)
-    figure.savefig(out / "curves.png")
-    plt.close(figure)
-
-
+# ---- The training loop -------------------------------------------------------------------------------------
 class TrainLoop:
-    """The loop around the steps of a training run: goes on from the newest checkpoint, logs, saves, and stops
-    with a checkpoint after the running step when Ctrl-C or SIGTERM asks for it. The same run, if it is
-    finished, ends the process."""
+    """Count the steps of a training run; resume, log and save it.
+
+    Ctrl-C and SIGTERM stop it after the running step, with a checkpoint. Call `resume` before `steps`."""
 
     def __init__(self, out, args, model, optimizer, total, distributed):
-        if (out / "model").exists():  # written last, see `end`
-            distributed.print0(f"the run in {out} is finished: its model is {out}/model")
-            sys.exit()
-        self.out, self.args, self.model, self.total, self.distributed = out, args, model, total, distributed
-        self.checkpoints = Checkpointer(out / "checkpoints", model, optimizer, args.save_total_limit, distributed)
-        self.state = self.checkpoints.load()  # beside the tensors; stage 2 adds its cursor
-        self.done = self.state.pop("step")  # steps that earlier processes made
-        self.logger = MetricsLogger(out, self.done, args) if distributed.is_main else None
-        self.skipped = 0  # updates in a row
-        self.asked = False  # to stop
-        for one in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(one, self._ask)
+        self.out = out
+        self.args = args
+        self.model = model
+        self.total = total  # steps of the run, those of earlier processes included
+        self.distributed = distributed
+        self.checkpoints = Checkpointer(out / "checkpoints", model, optimizer, args.save_total_limit,
+                                        distributed)
+        self.state = {}  # saved with each checkpoint; stage 2 adds its cursor
+        self.done = 0  # steps made by earlier processes
+        self.logger = None  # on rank 0 only
+        self.skipped = 0  # consecutive skipped updates
+        self.stop_requested = False
 
-    def _ask(self, *_):
-        self.asked = True
+    def resume(self):
+        """Load the newest checkpoint, drop the log lines after it, and handle Ctrl-C and SIGTERM.
+
+        NOTE: This overwrites the model's weights. Copies of the initial weights, such as the KL reference of
+        stage 2, must be made before.
+
+        Raises:
+            SystemExit: If the run is finished."""
+        if (self.out / "model").exists():  # written last, see `end`
+            self.distributed.print0(f"the run in {self.out} is finished: its model is {self.out}/model")
+            sys.exit()
+        self.state = self.checkpoints.load()
+        self.done = self.state.pop("step")
+        if self.distributed.is_main:
+            self.logger = MetricsLogger(self.out, self.done, self.args)
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._request_stop)
+
+    def _request_stop(self, *_):
+        self.stop_requested = True
         self.distributed.print0("stopping after this step, with a checkpoint")
 
     def steps(self):
-        """The steps that are left, each followed by its checkpoint where one is due.
-        Errors: BfclError when asked to stop, and if a checkpoint cannot be written."""
+        """Yield the remaining steps; the caller runs each, and a checkpoint follows when one is due.
+
+        Raises:
+            BfclError: If a stop was requested, or if a checkpoint cannot be written."""
         bar = tqdm(total=self.total, initial=self.done, desc=Path(sys.argv[0]).stem,
                    disable=not self.distributed.is_main)
         every = self.args.save_every
         for step in range(self.done + 1, self.total + 1):
-            yield step  # the caller makes it
+            yield step
             bar.update()
-            stop = self.distributed.all_reduce(self.asked, dist.ReduceOp.MAX) > 0  # any rank was asked
-            if stop or every and (step % every == 0 or step == self.total):
+            stop = self.distributed.all_reduce(self.stop_requested, dist.ReduceOp.MAX) > 0  # on any rank
+            due = every and (step % every == 0 or step == self.total)
+            if stop or due:
                 self.checkpoints.save(step, self.state)
                 if self.distributed.is_main:
                     plot_curves(self.out)
@@ -490,8 +879,14 @@ class TrainLoop:
         bar.close()
 
     def log(self, step, metrics):
-        """Errors: BfclError at the third update in a row that was not finite and therefore skipped."""
-        self.skipped = 0 if math.isfinite(metrics["grad_norm"]) else self.skipped + 1
+        """Log the metrics of a step.
+
+        Raises:
+            BfclError: After three consecutive updates that were not finite and therefore skipped."""
+        if math.isfinite(metrics["grad_norm"]):
+            self.skipped = 0
+        else:
+            self.skipped += 1
         metrics |= {"skipped_updates": self.skipped,
                     "perf/max_memory_allocated_gb": peak_memory_gb(self.distributed.device)}
         if self.distributed.is_main:
@@ -501,385 +896,321 @@ class TrainLoop:
                             "were skipped: lower --lr, or look at what those steps logged")
 
     def end(self, policy, stage_info, hint):
-        """Write model/, a plain Hugging Face directory (fp32) with the reward tokens in its tokenizer and the
-        contract for the next stage; and the curves. policy: the one whose model was sharded."""
+        """Write model/, the curves, and the last line on the console; leave the process group.
+
+        model/ is a plain Hugging Face directory (fp32), with the reward tokens in its tokenizer and
+        `stage_info` for the next stage.
+
+        Args:
+            policy: The policy whose model was sharded.
+            hint: The next command, up to the path of the model."""
         weights = {}
         for name, p in self.model.named_parameters():
-            whole = p.full_tensor().detach()  # all ranks take part
+            full = p.full_tensor().detach()  # collective: all ranks must call it
             if self.distributed.is_main:
-                weights[name] = whole.cpu()
+                weights[name] = full.cpu()
         if self.distributed.is_main:
-            partial, final = self.out / "model.partial", self.out / "model"
+            partial = self.out / "model.partial"
+            final = self.out / "model"
             shutil.rmtree(partial, ignore_errors=True)
             policy.model.save_pretrained(partial, state_dict=weights)
             policy.tokenizer.save_pretrained(partial)
-            steps = (self.out / "metrics.jsonl").read_text().splitlines()
-            stage_info.minutes = sum(json.loads(line)["step_time"] for line in steps) / 60
+            stage_info.minutes = sum(line["step_time"] for line in read_metrics(self.out)) / 60
             atomic_write(partial / STAGE_INFO, asdict(stage_info))
             plot_curves(self.out)
-            partial.rename(final)  # last: a folder with model/ is a finished run
+            partial.rename(final)  # NOTE: last, since a run directory with model/ is a finished run
             print(f"wrote {final} after {stage_info.minutes:.1f} minutes; next: {hint} {final}")
         dist.destroy_process_group()
 
 
+def peak_memory_gb(device):
+    """Return the peak memory in GiB: of the device on CUDA, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
 # ---- Validation --------------------------------------------------------------------------------------------
 def validation_tasks(args, trained: set[str] = frozenset()):
-    """--eval_limit tasks of the split's validation part. Errors: BfclError if `trained` holds one's id."""
+    """Return --eval_limit tasks of the split's validation part, or none with --eval_every 0.
+
+    Raises:
+        BfclError: If the split has no such part, or if the id of one of the tasks is in `trained`."""
     if not args.eval_every:
         return []
     if args.split_by == "paper":
         raise BfclError("the paper's split has no validation part: add --eval_every 0")
-    chosen = {**vars(args), "split": "val", "tasks": "", "max_tasks": args.eval_limit}
-    tasks = bfcl_env.select_tasks(argparse.Namespace(**chosen))
-    if {task.id for task in tasks} & trained:
-        raise BfclError("validation tasks are among those trained on (--split or --tasks): add --eval_every 0")
+    flags = {**vars(args), "split": "val", "tasks": "", "max_tasks": args.eval_limit}
+    tasks = bfcl_env.select_tasks(argparse.Namespace(**flags))
+    if trained & {task.id for task in tasks}:
+        raise BfclError("validation tasks are among those trained on (--split or --tasks): add "
+                        "--eval_every 0")
     return tasks
 
 
-def validate(policy, tasks, tokens: list[str | None], make_env, args, distributed):
-    """Success of one sampled rollout a task and token; the ranks share them. `policy` is whole."""
-    jobs = [(task, token) for task in tasks for token in tokens][distributed.rank::distributed.size]  # this rank's
-    sampled = rollout(policy, [make_env(task) for task, _ in jobs], [token for _, token in jobs],
-                      [(args.seed, 0, task.id, 0, 0) for task, _ in jobs],
-                      progress="validation" if distributed.is_main else None, **sampler.sampling(args))
+def validate(policy, tasks, reward_tokens: list[str | None], make_env, args, distributed):
+    """Return the mean reward per reward token, over one sampled rollout per task and reward token.
+
+    The rollouts are divided among the ranks. `policy` is a full copy."""
+    jobs = list(product(tasks, reward_tokens))[distributed.rank::distributed.size]  # those of this rank
+    sampled = rollout(
+        policy,
+        [make_env(task) for task, _ in jobs],
+        [reward_token for _, reward_token in jobs],
+        [(args.seed, 0, task.id, 0, 0) for task, _ in jobs],
+        progress="validation" if distributed.is_main else None,
+        **sampling(args))
     return mean_reward(distributed.gather(sampled), lambda t: f"eval/reward_{t.reward_token or 'none'}")
 
 
-# ---- Stage 1's data: gold calls and mistakes ---------------------------------------------------------------
-def gold_calls(task) -> list[list[Call]]:
-    """The ground truth with every argument by keyword: the official python decoder drops positional ones."""
-    episode = Episode(task)
-    return [[Call(name, (), kwargs) for name, kwargs in map(episode.bound, turn)] for turn in task.gold]
+# ---- The run directory -------------------------------------------------------------------------------------
+# Flags that a resumed run may change: they change no weight, or name inputs that are compared by content.
+IGNORED_ON_RESUME = ("out", "model", "rollouts", "save_every", "save_total_limit", "tracker")
+# The metrics on the console and in curves.png. Metric names follow TRL and verl; rc/ is this project's own.
+CONSOLE_METRICS = (
+    "loss", "reward", "rc/reward_high", "rc/reward_low",
+    "frac_reward_zero_std", "rc/var_within_tokens", "rc/var_between_tokens",
+    "kl", "entropy", "grad_norm",
+    "eval/reward_high", "eval/reward_low", "eval/reward_none",
+    "step_time")
 
 
-def _values(call):
-    """The argument values that could have been read somewhere, as text."""
-    values = []
-    for value in call.kwargs.values():
-        values += value if isinstance(value, list) else [value]
-    return [str(value) for value in values if len(str(value)) > 2]
+def begin_run(args, distributed):
+    """Open the run directory --out, for a new run or to resume the same one."""
+    if args.tracker != "none" and not importlib.util.find_spec(args.tracker):
+        raise BfclError(f"--tracker {args.tracker}: pip install {args.tracker}")
+    out = open_run_dir(args, distributed)
+    settings = {name: value for name, value in vars(args).items() if name not in IGNORED_ON_RESUME}
+    check_and_record_settings(out, distributed, settings)
+    return out
 
 
-def script_messages(task, turns: list[list[Call]], call_format, protocol="official") -> list[str]:
-    """What an agent making these calls would say: calls grouped into messages, a closing message per turn (in
-    the paper's protocol, where words end the conversation, only a last call of `done()`).
+def open_run_dir(args, distributed):
+    """Lock the run directory --out and write its config.json, unless work in it has begun.
 
-    A call with an argument that stands only in a result of the message being composed starts the next one."""
-    episode, said, known = Episode(task), [], ""
-    for text, calls in zip(task.turns, turns):
-        known += text or ""
-        message, fresh, result = [], "", None  # its calls, and what they return
-        for call in calls:
-            if message and any(value in fresh and value not in known for value in _values(call)):
-                said.append(write_calls(message, call_format))
-                message, known, fresh = [], known + fresh, ""
-            message.append(call)
-            [result] = episode.run([str(call)])
-            fresh += result
-        if message:
-            said.append(write_calls(message, call_format))
-            known += fresh
-        if protocol == "paper":
-            continue
-        # Written so that neither decoder can take it for a call.
-        said.append(f"Done. {calls[-1].name} returned: {result[:80]}" if calls else
-                    "I can't do this yet: a function or a detail is missing. Could you give it to me?")
-    if protocol == "paper":
-        said.append(write_calls([Call("done")], call_format))
-    return said
+    Raises:
+        BfclError: On every rank, if another process or another version of this code uses the directory."""
+    out = Path(args.out)
+    lock_run_dir(out, distributed)
+    complaint = None
+    if distributed.is_main:
+        if not work_has_begun(out):
+            write_config(out, args, distributed)
+        elif read_config(out)["args"].keys() != vars(args).keys():
+            complaint = f"{out} holds a run of another version of this code: give a new folder with --out"
+    distributed.raise_together(complaint)
+    return out
 
 
-# One shortens a conversation, one lengthens it, two do neither: length does not tell the label.
-MISTAKES = ("argument", "function", "missing", "guess")
+def lock_run_dir(out, distributed):
+    """Make the run directory and lock it as long as this process lives.
+
+    The lock keeps out a command typed twice, and the workers that a killed torchrun leaves running.
+
+    Raises:
+        BfclError: On every rank, if another process has the lock."""
+    complaint = None
+    if distributed.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        # The lock is held while this file is open. However the process ends, the kernel closes the file.
+        distributed.lock = open(out / ".lock", "w")
+        try:
+            fcntl.flock(distributed.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            complaint = f"another process is at work in {out}: wait for it, stop it, or give another --out"
+    distributed.raise_together(complaint)
 
 
-def corrupt(task, turns: list[list[Call]], kind, rng) -> list[list[Call]]:
-    """One kind of mistake that models really make, in every other turn on average, as far as it can be made
-    there: who fails, seldom fails only once. Nothing here says that the result fails: judge it."""
-    wrong = [_mistake(task, turns, t, kind, rng) for t in range(len(turns))]  # each turn, corrupted
-    able = [t for t, calls in enumerate(turns) if wrong[t] != calls]
-    chosen = [t for t in able if rng.random() < len(turns) / len(able) / 2] or able[:1]
-    return [wrong[t] if t in chosen else calls for t, calls in enumerate(turns)]
+def work_has_begun(out):
+    """Return whether a step or a rollout of an evaluation was logged."""
+    logs = [*out.glob("metrics.jsonl"), *out.glob("*.rank*.jsonl")]
+    return any(path.stat().st_size for path in logs)
 
 
-def _mistake(task, turns, t, kind, rng):
-    """The calls of turn t with a mistake; as they are where this kind cannot be made."""
-    calls = turns[t]
-    if not calls:
-        if kind == "guess":  # it should ask, but makes do with other functions
-            return [_other_function(task, call, rng) for turn in turns[t + 1:t + 2] for call in turn]
-        return calls
-    i = rng.randrange(len(calls))  # of the call that is wrong
-    before, call, after = calls[:i], calls[i], calls[i + 1:]
-    match kind:
-        case "argument" if call.kwargs:
-            key = rng.choice(list(call.kwargs))
-            so_far = [call for turn in turns[:t + 1] for call in turn]
-            other = _other_value(call.kwargs[key], so_far, rng)
-            return [*before, Call(call.name, (), {**call.kwargs, key: other}), *after]
-        case "function":
-            return [*before, _other_function(task, call, rng), *after]
-        case "missing" if before or after:  # a turn without any would give failures away
-            return before + after
-    return calls
+def read_config(out):
+    return json.loads((out / "config.json").read_text())
 
 
-def _other_function(task, call, rng):
-    """Another function that takes as many arguments and is not withheld, with the values of the call."""
-    withheld, fits = sum(task.withheld.values(), []), []
-    for doc in task.docs:
-        names, required = doc["parameters"]["properties"], doc["parameters"]["required"]
-        if doc["name"] not in [call.name, *withheld] and len(required) <= len(call.kwargs) <= len(names):
-            fits.append(Call(doc["name"], (), dict(zip(names, call.kwargs.values()))))
-    return rng.choice(fits or [call])  # then no mistake is made here
+def write_config(out, args, distributed):
+    """Write config.json: arguments, commit, versions and devices."""
+    commit = ""
+    with contextlib.suppress(OSError):  # no git on this machine
+        commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], text=True,
+                                capture_output=True).stdout.strip()
+    atomic_write(out / "config.json", {
+        "args": vars(args),
+        "commit": commit,
+        "versions": {name: version(name) for name in ("torch", "transformers", "bfcl-eval")},
+        "device": f"{distributed.size} x {distributed.device}"})
 
 
-def _other_value(value, so_far, rng):
-    """Another value of the same type, from earlier in the conversation where there is one."""
-    others = [v for call in so_far for v in call.kwargs.values() if type(v) is type(value) and v != value]
-    if others:
-        return rng.choice(others)
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, (int, float)):
-        return value + rng.choice([1, 10, 100])
-    return value + "_new" if isinstance(value, str) else [value]
+def check_and_record_settings(out, distributed, settings):
+    """Refuse the settings of another run; record those that are new in config.json."""
+    settings = json.loads(json.dumps(settings))  # as they are read back
+    check_same_run(out, distributed, settings)
+    if distributed.is_main:
+        record_settings(out, settings)
 
 
-# ---- Stage 1's data: trajectories --------------------------------------------------------------------------
-def play_script(policy, env, said: list[str], reward_token: str | None,
-           reward="official") -> Trajectory:
-    """The trajectory of a policy that says just this: played in the world, rendered like a sampled one."""
-    chat = policy.chat
-    ids = chat.render_prompt(env.messages(), reward_token)
-    mask, calls, step = [0] * len(ids), 0, None
-    for n, text in enumerate(said):
-        message = chat.render_assistant(text)
-        ids, mask = ids + message, mask + [1] * len(message)
-        step = env.step(text)
-        calls += len(step.results)
-        if step.done:
-            break
-        if n + 1 < len(said):
-            follows = chat.render_env_reply(sampler.answer_messages(step))
-            ids, mask = ids + follows, mask + [0] * len(follows)
-    verdict = env.verdict()
-    return Trajectory(env.id, reward_token, ids, mask, [0.0] * len(ids), verdict.reward(reward),
-                      step.reason or "done", vars(verdict), n + 1, calls)
+def check_same_run(out, distributed, settings):
+    """Compare settings with those recorded in config.json, and new ones with rank 0's.
+
+    Raises:
+        BfclError: On every rank, with the differences."""
+    recorded = read_config(out).get("same", {}) if distributed.is_main else None
+    settings_of_main, recorded = distributed.broadcast((settings, recorded))
+    expected = {**settings_of_main, **recorded}
+    differences = [f"{name}: {expected[name]!r} there, {value!r} here"
+                   for name, value in settings.items() if value != expected[name]]
+    complaint = None
+    if differences:
+        complaint = (f"{out} holds another run ({'; '.join(differences)}): give a new folder with --out, or "
+                     "the original flags to resume that run")
+    distributed.raise_together(complaint)
 
 
-def make_pair(policy, task, make_env, args, used: Counter, token_of) -> list[Trajectory]:
-    """[success, failure], the same up to the first mistake, judged from their text. Of the kinds of mistake
-    the least `used` is tried first."""
-    rng, gold = random.Random(f"{args.seed} {task.id}"), gold_calls(task)
-
-    def play(turns, label):
-        env = make_env(task)
-        said = script_messages(task, turns, env.call_format, args.protocol)
-        return play_script(policy, env, said, token_of(label), args.reward)
-    good = play(gold, "high")
-    if good.reward != 1:
-        raise BfclError(f"the ground truth of {task.id} does not pass: {good.verdict}")
-    for kind in sorted(MISTAKES, key=lambda kind: used[kind]):
-        for _ in range(8):
-            turns = corrupt(task, gold, kind, rng)
-            steps = [[[str(call) for call in calls]] for calls in turns]
-            # Judged before it is rendered, which is slow, and again from its text.
-            if judge(task, steps).reward(args.reward) < 1 and (bad := play(turns, "low")).reward < 1:
-                used[kind] += 1
-                bad.verdict["mistake"] = kind
-                return [good, bad]
-    raise BfclError(f"found no failing variant of {task.id}")
+def record_settings(out, settings):
+    """Add settings to config.json; those already recorded stay."""
+    config = read_config(out)
+    config["same"] = {**settings, **config.get("same", {})}
+    atomic_write(out / "config.json", config)
 
 
-def read_rollouts(policy, tasks, make_env, args, token_of) -> list[Trajectory]:
-    """The rollouts in --rollouts that are about these tasks, with the token that their verdict deserves. Only
-    the prompt is rendered anew, since it holds the token.
-    Errors: BfclError, with file and line, for what is no rollout or has another prompt than this run's."""
-    by_id, found = {task.id: task for task in tasks}, []
-    for file in args.rollouts:
-        for n, line in enumerate(Path(file).read_bytes().splitlines(), 1):
-            try:
-                t = Trajectory.from_json(line)
-                if t.task not in by_id or 1 not in t.loss_mask:
-                    continue
-                reward = bfcl_env.Verdict(**t.verdict).reward(args.reward)
-                messages, old = make_env(by_id[t.task]).messages(), t.segments()[0][1]  # old: its prompt
-                if old != policy.chat.render_prompt(messages, t.reward_token) or len(t.loss_mask) != len(t.ids):
-                    raise ValueError("another prompt")
-            except (BfclError, KeyError, TypeError, ValueError):
-                raise BfclError(f"{file}, line {n}: not a rollout with this run's prompt; give a run's "
-                                "rollouts/*.jsonl and its --model, --tool_docs, --call_format and --protocol") from None
-            token = token_of("high" if reward == 1 else "low")
-            new = policy.chat.render_prompt(messages, token)
-            ids, loss_mask = new + t.ids[len(old):], [0] * len(new) + t.loss_mask[len(old):]
-            found.append(replace(t, reward_token=token, reward=reward, ids=ids, loss_mask=loss_mask,
-                                 logprobs=[0.0] * len(ids)))
-    return found
+def atomic_write(path, content):
+    """Write a temporary file and rename it: a reader never sees half a file. Content other than text is
+    written as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")  # a killed process may leave it
+    partial.write_text(content if isinstance(content, str) else json.dumps(content, indent=1, default=str))
+    partial.replace(path)
 
 
-def stage1_data(policy, tasks, make_env, args) -> tuple[list[list[Trajectory]], int]:
-    """[success, failure] pairs with the tokens of --arm, written or a model's rollouts; and how many (pairs
-    or rollouts) are too long. The sft arm has only the successes of the same pairs."""
-    limit = min(args.max_len, policy.max_len, args.tokens_per_microbatch)  # of one trajectory
-    rng = random.Random(f"{args.seed} tokens")
+class MetricsLogger:
+    """Log each step as one line of metrics.jsonl, one line on the console and, on request, in Weights &
+    Biases or TensorBoard."""
 
-    def token_of(label):
-        return label if args.arm == "rctp" and rng.random() >= args.reward_token_dropout else None
-    if args.rollouts:
-        found = read_rollouts(policy, tasks, make_env, args, token_of)
-        rng.shuffle(found)
-        short = [t for t in found if len(t.ids) <= limit]
-        left_out = len(found) - len(short)
-        successes, failures = [t for t in short if t.reward == 1], [t for t in short if t.reward < 1]
-        pairs = [list(pair) for pair in zip(successes, failures)]  # what one side has more is not used
-        if not pairs:
-            raise BfclError(f"--rollouts has {len(successes)} successes and {len(failures)} failures in the "
-                            f"chosen tasks, {left_out} too long: it needs both; give more files, or tasks")
-    else:
-        # Guesses, which only tasks with an empty turn allow, catch up at the end.
-        order, used = sorted(tasks, key=lambda task: [] in task.gold), Counter()
-        written = [make_pair(policy, task, make_env, args, used, token_of)
-                   for task in tqdm(order, desc="data", disable=None)]
-        pairs = [pair for pair in written if max(len(t.ids) for t in pair) <= limit]
-        left_out = len(written) - len(pairs)
-    if args.arm == "sft":
-        pairs = [pair[:1] for pair in pairs]
-    return pairs, left_out
+    def __init__(self, out, done, args):
+        self.path = out / "metrics.jsonl"
+        # A resumed run drops the lines of steps that it will make again: it keeps `done` lines, one per step.
+        lines = self.path.read_text().splitlines(keepends=True) if done else []
+        atomic_write(self.path, "".join(lines[:done]))
+        self.track = start_tracker(out, done, args)
+
+    def log(self, step, total, metrics):
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        values = [f"{name.split('/')[-1]} {metrics[name]:.4g}" for name in CONSOLE_METRICS if name in metrics]
+        tqdm.write(f"step {step}/{total} | {' | '.join(values)}")
+        self.track(step, metrics)
 
 
-def data_statistics(trajectories: list[Trajectory], max_new_tokens):
-    """What the data is, by label, reward token and kind of mistake; and what of it the sampler would cut."""
-    tokens = Counter(t.reward_token or "none" for t in trajectories)
-    kinds = Counter("success" if t.reward == 1 else t.verdict.get("mistake") or t.verdict["error_type"]
-                    for t in trajectories)
-    said = [len(ids) for t in trajectories for said, ids in t.segments() if said]
-    long = sum(n > max_new_tokens for n in said)
-    return (f"trajectories {dict(kinds)}, reward tokens {dict(tokens)}; messages of at most {max(said)} "
-            f"tokens, {long} of {len(said)} longer than --max_new_tokens {max_new_tokens}: the sampler "
-            "would cut those")
+def start_tracker(out, done, args):
+    """Return a function of (step, metrics) that logs to --tracker."""
+    if args.tracker == "wandb":
+        import wandb
+        name = str(out).replace("/", "-")
+        wandb.init(project="rc-grpo", id=name, dir=out, config=vars(args), resume="allow")
+        return lambda step, metrics: wandb.log(metrics, step=step)
+    if args.tracker == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(out, purge_step=done + 1)
+        atexit.register(writer.close)  # writes the last metrics
+
+        def track(step, metrics):
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, step)
+        return track
+    return lambda step, metrics: None
 
 
-# ---- Stage 1 -----------------------------------------------------------------------------------------------
+def read_metrics(out) -> list[dict]:
+    """Return the lines of metrics.jsonl, one per step."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def plot_curves(out):
+    """Draw curves.png from metrics.jsonl, one panel per metric of CONSOLE_METRICS that was logged."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    lines = read_metrics(out)
+    steps = [line["step"] for line in lines]
+    names = [name for name in CONSOLE_METRICS if any(name in line for line in lines)]
+    figure, axes = plt.subplots(len(names), 1, sharex=True, squeeze=False, layout="constrained",
+                                figsize=(6, 1.5 * len(names)))
+    for axis, name in zip(axes[:, 0], names):
+        axis.plot(steps, [line.get(name) for line in lines], ".-")
+        axis.set_title(name)
+    figure.savefig(out / "curves.png")
+    plt.close(figure)
+
+
+# ---- Flags -------------------------------------------------------------------------------------------------
+# Two transcriptions of the paper's hyper-parameters.
+PRESETS = {"appendix": dict(lr=1e-5, batch_size=16, epochs=5),
+           "notes": dict(lr=5e-5, batch_size=32, epochs=3)}
+MICROBATCH = {"cpu": 8192, "cuda": 16384}  # default of --tokens_per_microbatch
+
+
 def add_training_flags(parser: argparse.ArgumentParser, out):
-    """The flags of both training stages."""
+    """Add the flags of both training stages."""
     add = parser.add_argument_group("training").add_argument
-    add("--out", default=out, help="folder of the run; the one that it holds goes on (default: %(default)s)")
+    add("--out", default=out,
+        help="run directory; a run that it already holds is resumed (default: %(default)s)")
     add("--lr", type=number(float, 0, 1), help="peak learning rate (default: %(default)s)")
     add("--tokens_per_microbatch", type=number(int, 64),
         default=MICROBATCH["cuda" if torch.cuda.is_available() else "cpu"],
-        help="tokens a forward (default: 8192; on CUDA 16384)")
+        help="maximum number of tokens per forward (default: 8192; on CUDA 16384)")
     add("--gradient_checkpointing", default="auto", choices=("auto", "on", "off"),
-        help="keep no activations, compute layers twice; auto: above a billion parameters "
-        "(default: %(default)s)")
+        help="on: recompute the layers in the backward pass instead of keeping their activations; off: keep "
+        "them; auto: on above a billion parameters (default: %(default)s)")
     add("--dtype", default="auto", choices=("auto", "bf16", "fp32"),
-        help="of the compute; auto: bf16 where the hardware has it (default: %(default)s)")
-    add("--seed", default=0, type=number(int, 0), help="of data, order and sampling (default: %(default)s)")
+        help="compute dtype; auto: bf16 where the hardware has it, else fp32 (default: %(default)s)")
+    add("--seed", default=0, type=number(int, 0),
+        help="random seed of data, order and sampling (default: %(default)s)")
     add("--save_every", default=50, type=number(int, 0),
-        help="steps between checkpoints, and one after the last; 0: none (default: %(default)s)")
-    add("--save_total_limit", default=1, type=number(int, 1), help="newest checkpoints to keep (default: %(default)s)")
+        help="steps between checkpoints; one more follows the last step; 0: none (default: %(default)s)")
+    add("--save_total_limit", default=1, type=number(int, 1),
+        help="number of checkpoints to keep, the newest (default: %(default)s)")
     add("--eval_every", default=50, type=number(int, 0),
-        help="steps between looks at validation tasks, and after the last; 0: none (default: %(default)s)")
-    add("--eval_limit", default=16, type=number(int, 1), help="validation tasks (default: %(default)s)")
+        help="steps between validations; one more follows the last step; 0: none (default: %(default)s)")
+    add("--eval_limit", default=16, type=number(int, 1),
+        help="number of validation tasks (default: %(default)s)")
     add("--tracker", default="none", choices=("none", "wandb", "tensorboard"),
-        help="log there too, if installed")
+        help="also log to Weights & Biases or TensorBoard, if installed (default: %(default)s)")
 
 
 def parse_args(argv: list[str] | None = None):
     parser = bfcl_env.Parser("Stage 1: reward-conditioned fine-tuning (RCTP-FT).")
     add = parser.add_argument
-    add("--model", default=sampler.DEFAULT_MODEL, help="a directory, a hub id or %(default)s (the default)")
+    add("--model", default=DEFAULT_MODEL,
+        help="model to start from: a directory, a hub id or %(default)s (the default)")
     add("--preset", choices=PRESETS, default="notes",
-        help="lr, batch and epochs of the paper's appendix or of notes on it (default: %(default)s)")
+        help="lr, batch_size and epochs; appendix: 1e-5, 16 and 5, from the paper's appendix; notes: 5e-5, "
+        "32 and 3, from notes on the paper (default: %(default)s)")
     add("--epochs", type=number(int, 1), help="passes over the pairs (default: %(default)s)")
-    add("--steps", type=number(int, 1), help="updates, instead of --epochs")
-    add("--batch_size", type=number(int, 1), help="trajectories an update, in pairs of a success and a failure. "
-        "Every arm makes as many updates of as many pairs; sft has only their successes, half as many "
-        "trajectories (default: %(default)s)")
-    add("--arm", default="rctp", choices=ARM_REWARD_TOKENS, help="successes and failures with reward tokens, the same "
-        "without, or successes alone without (default: %(default)s)")
+    add("--steps", type=number(int, 1), help="number of updates, instead of --epochs")
+    add("--batch_size", type=number(int, 1),
+        help="trajectories per update, in pairs of a success and a failure; the sft arm takes only the "
+        "successes of as many pairs (default: %(default)s)")
+    add("--arm", default="rctp", choices=ARM_REWARD_TOKENS,
+        help="rctp: successes and failures, with reward tokens; mixed: the same without reward tokens; sft: "
+        "successes alone, without reward tokens (default: %(default)s)")
     add("--reward_token_dropout", type=number(float, 0, 1), default=0.1,
-        help="share of the trajectories without a token in the rctp arm (default: %(default)s)")
+        help="probability that a trajectory of the rctp arm gets no reward token (default: %(default)s)")
     add("--rollouts", nargs="*", default=[], metavar="FILE",
         help="learn from a model's rollouts (runs/NAME/rollouts/*.jsonl), not from gold and corrupted calls")
     add_training_flags(parser, "runs/sft_rctp")
-    sampler.add_sampling_flags(parser)  # of the validation
+    add_sampling_flags(parser)  # for the validation
     bfcl_env.add_env_flags(parser)
     parser.set_defaults(**PRESETS["notes"])  # for --help
-    parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].preset])
+    preset = parser.parse_known_args(argv)[0].preset
+    parser.set_defaults(**PRESETS[preset])
     args = parser.parse_args(argv)
+    # Refuse a wrong model or wrong tasks here, before anything is loaded.
     check_model(args.model)
     validation_tasks(args, {task.id for task in bfcl_env.select_tasks(args)})
     return args
-
-
-def main():
-    args = parse_args()
-    distributed = init_distributed()
-    out, tasks = begin_run(args, distributed), bfcl_env.select_tasks(args)
-    val_tasks = validation_tasks(args, {task.id for task in tasks})
-    torch.manual_seed(args.seed)  # of the tiny model's weights, nothing else draws from it
-    policy = load_policy(args.model, torch.float32, "cpu", weights=distributed.is_main, thinking=args.thinking)
-    banned, dtype = policy.banned.to(distributed.device), compute_dtype(args.dtype, distributed.device)
-    call_format = policy.call_format(args.call_format)
-    make_env = bfcl_env.make_env_fn(args, call_format)
-
-    # steps 1 and 2: data
-    pairs, left_out = stage1_data(policy, tasks, make_env, args)
-    if not pairs:
-        raise BfclError(f"none of the {len(tasks)} tasks fits --max_len {args.max_len} and "
-                        f"--tokens_per_microbatch {args.tokens_per_microbatch}: raise them, or take smaller "
-                        "--tool_docs")
-    data = [t for pair in pairs for t in pair]
-    digest = hashlib.sha256(str([t.ids for t in data]).encode()).hexdigest()
-    weights = distributed.broadcast(distributed.is_main and checksum(policy.model))
-    check_same_run(out, distributed, {"weights": weights, "data": digest, "compute": str(dtype)})
-    if val_tasks:
-        val_tasks = sampler.filter_overlong(policy, val_tasks, make_env, args.max_len)
-        # a whole copy for rollouts, without memory between them
-        acting = load_policy(args.model, dtype, distributed.device, weights=False, thinking=args.thinking)
-        free_weights(acting.model)
-    model, optimizer = shard_model(policy, args, dtype, distributed)  # from here on policy.model is sharded
-    size = max(1, args.batch_size // 2)  # pairs an update
-    steps = args.steps or args.epochs * math.ceil(len(pairs) / size)
-    run = TrainLoop(out, args, model, optimizer, steps, distributed)
-    distributed.print0(f"{transcript(data[-1], policy.tokenizer)}\n\n{data_statistics(data, args.max_new_tokens)}\n"
-              f"stage 1: {args.model} | docs {args.tool_docs}, call format {call_format} ({policy.chat.why}) | "
-              f"{len(pairs)} pairs of {len(tasks)} tasks, {left_out} too long | arm {args.arm} | "
-              f"{steps} steps of {size} pairs, from {run.done + 1} | {dtype} on {distributed.size} x "
-              f"{distributed.device.type} | {out}")
-    for step in run.steps():
-        start = synced_time(distributed.device)
-        # step 3: packs; every rank takes its share
-        batch = [t for i in epoch_shuffle(len(pairs), (step - 1) * size, size, args.seed) for t in pairs[i]]
-        packs = pack(batch, args.tokens_per_microbatch, distributed.device)
-        count = sum(len(p.targets) for p in packs)  # one normaliser for the update, known before any forward
-
-        # step 4: L = -1/count * sum of log pi(a_t | h_t, r)
-        def loss_of(p):
-            return -model.token_logprobs(p, banned).sum() / count
-        lr = get_lr(step, args.lr, steps, decay=steps // 5)
-        optimizer.param_groups[0]["lr"] = lr
-        norm, loss = optimizer_step(model, optimizer, pad_packs(packs[distributed.rank::distributed.size], distributed), loss_of, distributed)
-        seconds, tokens = synced_time(distributed.device) - start, sum(len(p.ids) for p in packs)
-        metrics = {"loss": loss, "grad_norm": norm, "learning_rate": lr, "num_tokens": tokens,
-                   "step_time": seconds, "perf/throughput": tokens / seconds}
-
-        # the proof that the token works: what rollouts under each token achieve
-        if val_tasks and (step % args.eval_every == 0 or step == steps):
-            load_full_weights(acting.model, model)
-            metrics |= validate(acting, val_tasks, ARM_REWARD_TOKENS[args.arm], make_env, args, distributed)
-            free_weights(acting.model)
-        run.log(step, metrics)
-
-    # step 5: the model
-    stage_info = StageInfo(
-        stage="rctp", base_model=policy.stage_info.base_model or args.model, tool_docs=args.tool_docs, call_format=call_format,
-        protocol=args.protocol, arm=args.arm, data_source="rollouts" if args.rollouts else "written",
-        stage1_reward_tokens=sorted({t.reward_token or "none" for t in data}), tasks=sorted({t.task for t in data}),
-        reward_ids=policy.reward_ids, template_sha256=policy.chat.fingerprint,
-        thinking=policy.chat.thinking, date=policy.chat.date)
-    run.end(policy, stage_info, hint="torchrun rl_rcgrpo.py --model")
 
 
 if __name__ == "__main__":

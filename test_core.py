@@ -41,7 +41,7 @@ import bfcl_env
 import eval_bfcl
 import exact
 import rl_rcgrpo
-import rollout as sampler
+import rollout as R
 import sft_rctp
 import world
 from bfcl_env import ERROR, CALL_FORMATS, BfclEnv, BfclError, Call, CallSyntaxError, Episode, judge, parse_calls
@@ -80,7 +80,7 @@ def tiny_policy(architecture="llama", seed=0, sharp=3.0):
     """A random model, far from uniform, that ends its messages after some dozens of tokens."""
     config = tiny_config(ARCHITECTURES[architecture], tie_word_embeddings=architecture != "qwen2")
     torch.manual_seed(seed)
-    policy = make_policy("tiny", AutoModelForCausalLM.from_config(config), sampler.tiny_tokenizer())
+    policy = make_policy("tiny", AutoModelForCausalLM.from_config(config), R.tiny_tokenizer())
     with torch.no_grad():
         for name, p in policy.model.named_parameters():
             if "bias" in name:
@@ -94,7 +94,7 @@ def tiny_policy(architecture="llama", seed=0, sharp=3.0):
 
 def templated(template, control=(), thinking=None, **changes):
     """A random model whose tokenizer has this chat template and these control tokens."""
-    tokenizer = sampler.tiny_tokenizer()
+    tokenizer = R.tiny_tokenizer()
     tokenizer.add_tokens([token for token in control if "|" not in token])
     tokenizer.add_tokens([token for token in control if "|" in token], special_tokens=True)
     tokenizer.bos_token, tokenizer.chat_template = "<|begin_of_text|>", template
@@ -158,7 +158,7 @@ def test_loading(tmp_path, monkeypatch):
                       for dtype in (torch.float32, torch.bfloat16))
     assert torch.equal(exact, rounded)
     with monkeypatch.context() as offline:  # a hub would be asked for a model of this name
-        offline.setattr(sampler.GenerationConfig, "from_pretrained", None)
+        offline.setattr(R.GenerationConfig, "from_pretrained", None)
         empty = load_policy("tiny", torch.float32, weights=False)
     plain = load_policy("tiny", torch.float32)
     for a, b in zip(plain.model.buffers(), empty.model.buffers(), strict=True):
@@ -181,9 +181,9 @@ def test_loading(tmp_path, monkeypatch):
     tiny.config.quantization_config = {}
     tokenizer = types.SimpleNamespace(backend_tokenizer=types.SimpleNamespace(), save_pretrained="interrupts")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(sampler.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
-    monkeypatch.setattr(sampler.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny)
-    pytest.raises(TypeError, sampler.smollm2_dir)
+    monkeypatch.setattr(R.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
+    monkeypatch.setattr(R.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny)
+    pytest.raises(TypeError, R.smollm2_dir)
     [left] = (tmp_path / "rc-grpo").iterdir()
     assert (left / "model.safetensors").exists() and ".partial" in left.name
 
@@ -229,7 +229,7 @@ def test_rendering(name):
 def test_chat_templates():
     """Accepted and wrong without a word: a template that shows no function, that writes calls which nothing
     reads, that drops results or the system message, that prints the day, that opens a thought."""
-    chatml = sampler.CHATML
+    chatml = R.CHATML
     system, *heard = ({"role": role, "content": role} for role in ("system", "tool", "tool", "user"))
 
     def refused(sentence, template, **flags):
@@ -240,8 +240,8 @@ def test_chat_templates():
                           (qwen.replace("tool | tojson", "tool.function"), "shows no functions"),
                           ({"default": chatml, "tool_use": qwen}, "shows no functions")):
         policy = templated(template, CONTROL["json"])
-        assert policy.call_format() == "python" and why in policy.chat.why
-        assert "results are tool messages" in policy.chat.why
+        assert policy.call_format() == "python" and why in policy.chat.call_format_reason
+        assert "results are tool messages" in policy.chat.call_format_reason
         pytest.raises(BfclError, policy.call_format, "json").match("--call_format python")
     # Results: dropped, or refused as turns out of order; what the user says next is not.
     dropped = chatml.replace("%}<|im_start|>", "if m.role != 'tool' %}<|im_start|>", 1)
@@ -251,14 +251,14 @@ def test_chat_templates():
         chat = templated(template).chat
         said = chat.tokenizer.decode(chat.render_env_reply(heard))
         assert said == "\n<|im_start|>user\ntool\n\ntool\n\nuser<|im_end|>\n<|im_start|>assistant\n"
-        assert "results are user messages" in chat.why
+        assert "results are user messages" in chat.call_format_reason
     refused("drops system messages", dropped.replace("tool", "system"))
     refused("otherwise when more messages follow", chatml.replace("m['content']", "loop.last ~ m['content']"))
     refused("opens a think block", chatml.replace("assistant\n", "assistant\n<think>\n"))
     refused("no chat template", {"other": chatml})
     refused("does not end an assistant message", chatml.replace("<|im_end|>", "[end]"))
     slow = types.SimpleNamespace(chat_template="x", is_fast=False)
-    pytest.raises(BfclError, sampler.Chat, slow).match("no fast version")
+    pytest.raises(BfclError, R.Chat, slow).match("no fast version")
     # The day is fixed, whatever the form; content that looks like one is not touched.
     dated = "{{ strftime_now('%B %d, %Y; %d %b %y') }}\n" + chatml
     said = templated(dated).chat
@@ -307,7 +307,7 @@ def test_architectures(tmp_path):
     def loaded(config, dtype=torch.float32, **changes):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(tiny_config(config, **changes), dtype=dtype)
-        return make_policy("other", model, sampler.tiny_tokenizer())
+        return make_policy("other", model, R.tiny_tokenizer())
     experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
     for config, changes in ((GraniteConfig, dict(logits_scaling=8.0)), (CohereConfig, dict(logit_scale=0.25)),
                             (Qwen3MoeConfig, experts)):
@@ -327,8 +327,8 @@ def test_architectures(tmp_path):
     assert loaded(Phi3Config, sliding_window=None, **changes).max_len == 64
     off = tiny_policy()
     off.model.model.norm.weight.data *= 1.1
-    plain = sampler.plain_logprobs(tiny_policy())
-    pytest.raises(ValueError, sampler.check_layouts, off, *plain).match("log-probs of its prefill are off by")
+    plain = R.plain_logprobs(tiny_policy())
+    pytest.raises(ValueError, R.check_layouts, off, *plain).match("log-probs of its prefill are off by")
     [said] = succeed(start("rollout.py --check tiny --tasks multi_turn_base_1"))
     for fact in ("llama", "8192 tokens", "26 Jul 2024, thinking off", "<|im_end|> [258]",
                  "[Reward Goal: <|high_reward|>]<|im_end|>",
@@ -352,7 +352,7 @@ def large_keys(dtype, bias=0.3):
                 p.view(-1, 128)[:, 62:64] = bias * (166 if "k_proj" in name else 66)
             elif p.dim() > 1:
                 p.mul_(3.0)
-    return make_policy("large keys", model.to(dtype), sampler.tiny_tokenizer())
+    return make_policy("large keys", model.to(dtype), R.tiny_tokenizer())
 
 
 def test_large_keys_are_served_in_bf16(monkeypatch):
@@ -366,16 +366,16 @@ def test_large_keys_are_served_in_bf16(monkeypatch):
         assert max(gaps.values()) < 0.2 and gaps["decode step"] < 1.5 * gaps["prefill"], gaps
 
     keys = torch.empty(6, 5, 4, dtype=torch.bfloat16, device="meta")  # the path of a GPU, without one
-    assert sampler.scores(keys, keys.transpose(1, 2), 1.0).dtype == torch.float32
+    assert R.scores(keys, keys.transpose(1, 2), 1.0).dtype == torch.float32
 
-    monkeypatch.setattr(sampler, "scores", rounded)
+    monkeypatch.setattr(R, "scores", rounded)
     pytest.raises(BfclError, large_keys, torch.bfloat16, 1.0).match("decode step are off by")
 
 
 def test_one_kernel_for_both_forwards(monkeypatch):
     """On CUDA grouped heads in fp32 have the math kernel alone: it does not differ from itself, and a check
     that asks for no difference refuses every model."""
-    with sampler.sdpa_kernel(sampler.SDPBackend.MATH):
+    with R.sdpa_kernel(R.SDPBackend.MATH):
         assert max(load_policy(DEFAULT_MODEL, torch.float32).gaps.values()) < 1e-3
 
 
@@ -384,8 +384,8 @@ def test_a_decode_step_that_misses_a_key_is_refused(monkeypatch):
     def blind(layout, *rest):
         layout.padding_mask = torch.arange(layout.padding_mask.shape[-1]) == 3
         return attend(layout, *rest)
-    attend = sampler.Decode.attend
-    monkeypatch.setattr(sampler.Decode, "attend", blind)
+    attend = R.Decode.attend
+    monkeypatch.setattr(R.Decode, "attend", blind)
 
     pytest.raises(BfclError, load_policy, DEFAULT_MODEL, torch.bfloat16).match("decode step are off by")
 
@@ -395,13 +395,13 @@ def test_a_forgotten_scale_is_refused(monkeypatch, dtype):
     """A tolerance for bf16 must not be so wide that logits without the model's own scale pass."""
     def without_scale(model, ids, positions, layout):
         return hidden_states(model, ids, positions, layout) * model.config.logits_scaling
-    hidden_states = sampler.hidden_states
+    hidden_states = R.hidden_states
     torch.manual_seed(0)
     config = tiny_config(GraniteConfig, logits_scaling=8.0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    monkeypatch.setattr(sampler, "hidden_states", without_scale)
+    monkeypatch.setattr(R, "hidden_states", without_scale)
 
-    pytest.raises(BfclError, make_policy, "granite", model, sampler.tiny_tokenizer()).match("are off by")
+    pytest.raises(BfclError, make_policy, "granite", model, R.tiny_tokenizer()).match("are off by")
 
 
 @pytest.mark.skipif(not FULL, reason="downloads 40 MB: make test-full")
@@ -432,7 +432,7 @@ def test_real_tokenizers(tmp_path, name, call_format):
 def test_sampler_equals_full_forward(monkeypatch, architecture, temperature, burst, limit, reason):
     """A wrong position, mask or cache slot changes log-probs by little and rewards by much. A stop token
     without gradient is never learned; one invented at a cap teaches to stop. A dump forgets."""
-    monkeypatch.setitem(sampler.DECODE_STEPS_PER_SYNC, "cpu", burst)
+    monkeypatch.setitem(R.DECODE_STEPS_PER_SYNC, "cpu", burst)
     policy = tiny_policy(architecture)
     trajectories = play(policy, temperature=temperature, **limit)
     assert sum(t.steps >= 3 for t in trajectories) >= 3  # with tool results between the messages
@@ -454,12 +454,12 @@ def test_only_the_key_decides(monkeypatch, what):
     assert {t.reason for t in before} >= {"done", "turn_tokens"}
     if what == "unwritten":
         monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
-    monkeypatch.setitem(sampler.DECODE_STEPS_PER_SYNC, "cpu", 8 if what == "burst" else 1)
+    monkeypatch.setitem(R.DECODE_STEPS_PER_SYNC, "cpu", 8 if what == "burst" else 1)
     sizes = watch_prefills(monkeypatch)
-    monkeypatch.setattr(sampler, "PREFILL_TOKENS", 7 if what == "chunks" else 1024)
+    monkeypatch.setattr(R, "PREFILL_TOKENS", 7 if what == "chunks" else 1024)
     after = ([play(policy, [i], **limits)[0] for i in range(12)] if what == "alone" else
              play(policy, **limits, kv_gb=0.003 if what == "few slots" else 4.0))
-    assert max(sizes) <= sampler.PREFILL_TOKENS and (max(sizes) == 7 or what != "chunks")
+    assert max(sizes) <= R.PREFILL_TOKENS and (max(sizes) == 7 or what != "chunks")
     for t, u in zip(after, before, strict=True):
         assert t.ids == u.ids and np.allclose(t.logprobs, u.logprobs, atol=1e-5)
 
@@ -467,11 +467,11 @@ def test_only_the_key_decides(monkeypatch, what):
 def watch_prefills(monkeypatch):
     """The tokens of each prefill forward from now on."""
     def watched(model, ids, positions, layout):
-        if isinstance(layout, sampler.Extend):
+        if isinstance(layout, R.Extend):
             sizes.append(len(ids))
         return forward(model, ids, positions, layout)
-    forward, sizes = sampler.hidden_states, []
-    monkeypatch.setattr(sampler, "hidden_states", watched)
+    forward, sizes = R.hidden_states, []
+    monkeypatch.setattr(R, "hidden_states", watched)
     return sizes
 
 
@@ -480,8 +480,8 @@ def test_a_prompt_is_rendered_once(monkeypatch):
     def counted(chat, messages, reward_token):
         rendered.append((str(messages), reward_token))
         return opening(chat, messages, reward_token)
-    policy, rendered, opening = tiny_policy(), [], sampler.Chat.render_prompt
-    monkeypatch.setattr(sampler.Chat, "render_prompt", counted)
+    policy, rendered, opening = tiny_policy(), [], R.Chat.render_prompt
+    monkeypatch.setattr(R.Chat, "render_prompt", counted)
 
     played = play(policy, max_new_tokens=5)
 
@@ -494,7 +494,7 @@ def test_limits(monkeypatch):
     def watched(s):
         seen.append((s.row_kv.nbytes + sum(prefix.kv.nbytes for prefix in s.cached_prefixes), len(s.live), len(s.cached_prefixes)))
         return forward(s)
-    policy, seen, forward = tiny_policy(), [], sampler.Sampler.forward
+    policy, seen, forward = tiny_policy(), [], R.Sampler.decode
     plenty = play(policy)
     length = sorted(len(t.ids) for t in plenty)[6]
     for t, whole in zip(play(policy, max_len=length), plenty):
@@ -502,7 +502,7 @@ def test_limits(monkeypatch):
         assert t.reason == whole.reason if len(whole.ids) < length else t.reason in ("context", whole.reason)
     [never] = play(policy, [0], max_len=16)
     assert never.reason == "context" and not any(never.loss_mask)
-    monkeypatch.setattr(sampler.Sampler, "forward", watched)
+    monkeypatch.setattr(R.Sampler, "decode", watched)
     worlds = [ToyWorld("abcdefghij"[i // 3] * (1 + i // 3), 1 if i % 3 else 4) for i in range(30)]
     ended = rollout(policy, worlds, ["high"] * 30, max_len=900, kv_gb=0.0022, max_new_tokens=60)
     size, live, held = map(max, zip(*seen))
@@ -518,7 +518,7 @@ def test_logits(monkeypatch):
         hidden, head = (torch.randn(n, 256, requires_grad=True) for n in (rows, 500))
         leaves = [x.detach().bfloat16().requires_grad_() for x in (hidden, head)]
         exact = [x.detach().double().requires_grad_() for x in leaves]
-        logits = masked_logits(leaves[0], sampler.lm_head_weight(types.SimpleNamespace(
+        logits = masked_logits(leaves[0], R.lm_head_weight(types.SimpleNamespace(
             get_output_embeddings=lambda: types.SimpleNamespace(weight=leaves[1]))), torch.zeros(500).bool())
         expected, weight = exact[0] @ exact[1].T, torch.randn(rows, 500)
         assert logits.dtype == torch.float32 and torch.allclose(logits.double(), expected, atol=1e-4)
@@ -529,7 +529,7 @@ def test_logits(monkeypatch):
     policy = tiny_policy()
     with torch.no_grad():
         policy.model.model.norm.weight[0] = float("nan")
-    monkeypatch.setitem(sampler.DECODE_STEPS_PER_SYNC, "cpu", 8)
+    monkeypatch.setitem(R.DECODE_STEPS_PER_SYNC, "cpu", 8)
     pytest.raises(BfclError, play, policy).match("logits are NaN")
 
 
@@ -701,6 +701,7 @@ def test_updates_and_checkpoints(distributed, tmp_path, monkeypatch, request):
     def weights(model):
         return [p.full_tensor().clone() for p in model.parameters()]
     run, before = sft_rctp.TrainLoop(tmp_path, given(), model, optimizer, 3, distributed), weights(model)
+    run.resume()
     with pytest.raises(BfclError, match="steps 1 to 3 were not finite"):
         for step in run.steps():
             norm, _ = sft_rctp.optimizer_step(model, optimizer, packs, lambda p: loss(p) * float("nan"), distributed)
@@ -874,7 +875,8 @@ def test_written_gold(call_format):
         kinds = [kind for kind in sft_rctp.MISTAKES if sft_rctp.corrupt(task, gold, kind, rng) != gold]
         assert len(kinds) >= 2, (task.id, kinds)
         for protocol in ("official", "paper") if FULL or n % 4 == 0 else ():
-            env, known = BfclEnv(task, call_format=call_format, protocol=protocol), str(task.turns) + str(task.config)
+            env = bfcl_env.PROTOCOLS[protocol](task, call_format=call_format)
+            known = str(task.turns) + str(task.config)
             for text in sft_rctp.script_messages(task, gold, call_format, protocol):
                 step = env.step(text)
                 assert all(told in known for told in re.findall(r"booking_id='?(\w+)", str(step.calls)))
@@ -908,7 +910,7 @@ def test_failures_are_failures(written):
         assert np.sign(pair[1].calls - pair[0].calls) == more, "two bases"
         assert [t.reward for t in pair] == [1, 0]
         for t in pair if FULL or n % 8 == 0 else ():  # judged again from the ids alone
-            env, shown = BfclEnv(BY_ID[t.task], call_format=policy.call_format()), sampler.transcript(t, policy.tokenizer)
+            env, shown = BfclEnv(BY_ID[t.task], call_format=policy.call_format()), R.transcript(t, policy.tokenizer)
             for ids in [ids for said, ids in t.segments() if said]:
                 assert ids[-1] == policy.chat.stop_id and f"[[{decode(ids)}]]" in shown
                 env.step(decode(ids[:-1]))
@@ -1313,7 +1315,7 @@ def test_protocols():
         assert (end.done, end.reason, env.verdict().error_type) == (True, "force_quit", error) and end.results
         assert env.verdict() == judge(task, env.turns)
     for task, call_format in itertools.product(random.Random(5).sample(TASKS, 40), CALL_FORMATS):
-        env = BfclEnv(task, call_format=call_format, protocol="paper")
+        env = bfcl_env.PaperEnv(task, call_format=call_format)
         assert "Step 1: " in env.messages()[-1]["content"] and "done" in str(env.messages())
         env.step(sft_rctp.write_calls(sum(sft_rctp.gold_calls(task), []), call_format))
         verdict = env.verdict()
@@ -1386,13 +1388,14 @@ def test_splits_and_flags(capsys):
     assert choose("--tasks " + ",".join(two)) == choose("", tasks=", ".join(two)) == two
     assert {i.rsplit("_", 1)[0] for i in choose("--categories multi_turn_base")} == {"multi_turn_base"}
     env = bfcl_env.make_env_fn(given(tool_docs="slim", protocol="paper"), "json")(task)
-    assert (env.task, env.tool_docs, env.call_format, env.merged) == (task, "slim", "json", True)
+    assert (type(env), env.task, env.tool_docs, env.call_format) == (bfcl_env.PaperEnv, task, "slim", "json")
     for words, function, *values in [
             ("base_3.*--tasks multi_turn_base_0", choose, "--tasks base_3"),
             ("'base'.*multi_turn_base", choose, "--categories base"),
             ("no tasks", choose, "--split_by paper --split val"),
             ("add --reward paper", choose, "--protocol paper"), ("'huge'.*full", BfclEnv, task, "huge"),
-            ("'xml'.*json", BfclEnv, task, "full", "xml"), ("'x'.*paper", BfclEnv, task, "full", "json", "x"),
+            ("'xml'.*json", BfclEnv, task, "full", "xml"),
+            ("'x'.*paper", bfcl_env.make_env_fn, given(protocol="x"), "json"),
             ("'x'.*progress", judge(task, []).reward, "x"),
             ("'random'.*family", bfcl_env.split, TASKS, "random")]:
         pytest.raises(BfclError, function, *values).match(words)
@@ -1492,7 +1495,7 @@ def test_pipeline(pipeline):
         model, tokenizer = (kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
         again = load_policy(str(folder), torch.float32)
         assert again.stage_info.reward_ids == again.reward_ids == {"high": 259, "low": 260}
-        ids = [tokenizer.encode(text, add_special_tokens=False) for text in sampler.REWARD_TOKENS.values()]
+        ids = [tokenizer.encode(text, add_special_tokens=False) for text in R.REWARD_TOKENS.values()]
         assert ids == [[259], [260]] and model.config.vocab_size >= len(tokenizer)
         assert (folder.parent / "curves.png").stat().st_size > 1000
         assert again.stage_info.tool_docs == "signature" and model.dtype == torch.float32
@@ -1534,7 +1537,7 @@ def test_bad_input_is_told_at_once(pipeline, tmp_path):
         "sft_rctp.py --tool_docs tall": "--tool_docs", "rl_rcgrpo.py --group_size 1": "--group_size",
         "rl_rcgrpo.py --model /nonexistent": "run `torchrun sft_rctp.py` first", "sft_rctp.py --lr -1": "--lr",
         "eval_bfcl.py --show multi_turn_base_3 --out /nonexistent": "holds no config.json",
-        "eval_bfcl.py --ckpt tiny --samples 2 --official_out x": "one answer a task",
+        "eval_bfcl.py --ckpt tiny --samples 2 --official_out x": "one answer per task",
         f"eval_bfcl.py --ckpt tiny --out {tmp_path}": "another process is at work",
         "eval_bfcl.py --ckpt tiny --reward_tokens hi": "unknown reward token",
         "eval_bfcl.py --score /nonexistent": "no multi-turn result files",
@@ -1600,11 +1603,11 @@ def test_what_older_versions_wrote_is_refused(pipeline, tmp_path):
 def test_a_folder_in_which_nothing_was_done(distributed, tmp_path):
     """Advice that the folder then refuses to follow; a refusal that leaves its flags in the folder."""
     for max_len in (300, 4000):
-        out = sft_rctp.lock_run_dir(argparse.Namespace(out=tmp_path), distributed)
-        sft_rctp.check_same_run(out, distributed, {"max_len": max_len})
+        out = sft_rctp.open_run_dir(argparse.Namespace(out=tmp_path), distributed)
+        sft_rctp.check_and_record_settings(out, distributed, {"max_len": max_len})
         distributed.lock.close()
     before = (out / "config.json").read_text()
-    pytest.raises(BfclError, sft_rctp.check_same_run, out, distributed, {"max_len": 300, "new": 1}).match(
+    pytest.raises(BfclError, sft_rctp.check_and_record_settings, out, distributed, {"max_len": 300, "new": 1}).match(
         "4000 there, 300 here")
     assert (out / "config.json").read_text() == before
 
@@ -1642,9 +1645,45 @@ def test_killed_runs_resume(pipeline, tmp_path, stage):
     if stage == "rl":
         assert (a[0]["kl"] == 0 or a[0]["grad_norm"] > 0) and a[-1]["kl"] > 0 and "eval/reward_high" in a[-1]
         for out in runs:
-            assert sampler.read_stage_info(out / "model").rollouts == sum(line["rollouts"] for line in a) >= 12
+            assert R.read_stage_info(out / "model").rollouts == sum(line["rollouts"] for line in a) >= 12
         assert [path.name for path in (runs[1] / "rollouts").iterdir()] == ["step_000004.jsonl"]
         assert a[-1]["sampling/sampling_logp_difference/max"] < 1e-4  # the acting copy is no stale one
+
+
+def test_reference_after_a_resume(pipeline, distributed, tmp_path, monkeypatch):
+    """A run that loads its checkpoint before it copies the reference: the resumed policy would silently become
+    the KL reference."""
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    def offload(model, dtype):
+        references.append(offload_shards(model, dtype))
+        return references[0]
+
+    def load(target, model):
+        policies.append({name: p.full_tensor().clone() for name, p in model.named_parameters()})
+    references, policies, offload_shards = [], [], rl_rcgrpo.offload_shards
+    for name, fake in (("init_distributed", lambda: distributed), ("offload_shards", offload),
+                       ("load_full_weights", load), ("sample_groups", stop)):
+        monkeypatch.setattr(rl_rcgrpo, name, fake)
+    monkeypatch.setattr(sft_rctp.signal, "signal", lambda *_: None)
+    command = f"rl_rcgrpo.py --model {pipeline[0]}/sft/model {STAGE} --dtype fp32 --out {tmp_path}"
+    stage1 = load_policy(f"{pipeline[0]}/sft/model", torch.float32).model.state_dict()
+    other = sharded(tiny_policy(seed=1), distributed)
+    sft_rctp.Checkpointer(tmp_path / "checkpoints", *other, 1, distributed).save(1, {"cursor": 2})
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "config.json").write_text(json.dumps({"args": vars(rl_rcgrpo.parse_args(command.split()[1:]))}))
+    monkeypatch.setattr(sys, "argv", command.split())
+
+    pytest.raises(Stop, rl_rcgrpo.main)
+
+    [reference], [resumed] = references, policies
+    assert all(torch.equal(p, stage1[name]) for name, p in reference.items())
+    assert all(torch.equal(p.full_tensor(), resumed[name]) for name, p in other[0].named_parameters())
+    assert not any(torch.equal(p, resumed[name]) for name, p in reference.items() if p.dim() > 1)
 
 
 def test_two_ranks_are_one(pipeline, tmp_path):
@@ -1804,7 +1843,7 @@ def test_intervals_and_comparison(tmp_path, capsys):
 
     def finished(name, tokens, share, rollouts=640, model="m", tool_docs="slim"):
         rng, out = random.Random(name), tmp_path / name
-        stage_info = sampler.StageInfo(stage="rcgrpo", arm="rctp", reward_tokens=tokens, advantage="group",
+        stage_info = R.StageInfo(stage="rcgrpo", arm="rctp", reward_tokens=tokens, advantage="group",
                                     rollouts=rollouts)
         row = {"arm": eval_bfcl.arm_name(stage_info), "stage_info": dataclasses.asdict(stage_info), "sha256": name,
                "model": model, "call_format": "python", "ckpt": f"{out}/model",
