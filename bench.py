@@ -5,8 +5,8 @@
     python bench.py train      # seconds and memory of a training step, against plain Hugging Face code
     python bench.py step       # one step of stage 2, by phases
     python bench.py demo       # the minutes that `make demo` will take here
-    python bench.py plan --model DIR --ranks 8 --tool_docs full      # what a run of stage 1 takes;
-    python bench.py plan --model DIR --ranks 8                   # of stage 2; other flags as for the stage
+    python bench.py plan --model DIR --ranks 8 --tool_docs full     # what a run of stage 1 takes;
+    python bench.py plan --stage 2 --model DIR --ranks 8            # of stage 2; other flags as for the stage
 """
 import argparse
 import contextlib
@@ -385,14 +385,15 @@ def bench_plan(flags: list[str]) -> dict:
     """Bytes a rank by part, their peak, and operations a step, of a run on this machine or on --ranks GPUs.
     Activations are counted as autograd keeps them for a Llama layer: 16 bytes a hidden unit (the two norms,
     in fp32), `width` bytes for the rest."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--ranks", type=int, default=0)
+    parser.add_argument("--stage", type=int, choices=(1, 2), default=1)
     own, rest = parser.parse_known_args(flags)
     if own.ranks:  # GPUs
         rest = ["--tokens_per_microbatch", str(S.MICROBATCH["cuda"]), *rest]
-    stage2, ranks = any(flag.startswith("--model") for flag in rest), own.ranks or 1
+    stage2, ranks = own.stage == 2, own.ranks or 1
     args = (rl_rcgrpo if stage2 else S).parse_args(rest)
-    policy = R.load_policy(args.model if stage2 else args.model, torch.float32, "meta", weights=False,
+    policy = R.load_policy(args.model, torch.float32, "meta", weights=False,
                            thinking=args.thinking)
     packs = planned_packs(policy, args, stage2)
     config, layers = policy.model.config, policy.model.model.layers
@@ -455,7 +456,7 @@ def bench_demo() -> dict:
 if __name__ == "__main__":
     benches = {"env": bench_env, "sampler": bench_sampler, "train": bench_train, "step": bench_step,
                "demo": bench_demo}
-    parser = argparse.ArgumentParser(description="Measure a claim of the README, or plan a run.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Measure a claim of the README, or plan a run.")
     parser.add_argument("what", choices=[*benches, "plan"])
     chosen, flags = parser.parse_known_args()
     print(json.dumps(bench_plan(flags) if chosen.what == "plan" else benches[chosen.what]()))

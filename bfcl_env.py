@@ -277,7 +277,7 @@ class Episode:
         return results
 
     def run(self, calls) -> list[str]:
-        """Execute calls like `execute`, but do not count them when the turn is judged."""
+        """Execute calls like `execute`, but record neither a step nor the results that gold calls return."""
         self.budget = Budget()
         uses_precision = "MathAPI" in self.instances
         with _restored_precision() if uses_precision else contextlib.nullcontext():
@@ -1269,6 +1269,10 @@ RETIRED_FLAGS = {
     "--group": "--group_size", "--inner_epochs": "--update_epochs",
     "--batch": "--batch_size", "--limit": "--max_tasks",
     "--resample": "--dynamic_sampling"}
+RETIRED_VALUES = {
+    "--split family": "--split_by family", "--split paper": "--split_by paper",
+    "--advantage token": "--advantage within_reward_token", "--advantage centred": "--advantage mean_only",
+    "--advantage signed": "--advantage sign", "--advantage virtual": "--advantage virtual_success"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1278,13 +1282,18 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False)
 
     def error(self, message):
-        """Exit with a message. For a retired flag the message is its new name."""
+        """Exit with a message. For a retired flag or value of this script the message is its new name."""
         if message.startswith("unrecognized arguments"):
             for word in message.split():
                 flag = word.partition("=")[0]
-                if flag in RETIRED_FLAGS:
-                    message = f"{flag} is now called {RETIRED_FLAGS[flag]}"
+                new = RETIRED_FLAGS.get(flag)
+                if new in self._option_string_actions:
+                    message = f"{flag} is now called {new}"
                     break
+        if choice := re.match(r"argument (--\w+): invalid choice: '(\w+)'", message):
+            given = " ".join(choice.groups())
+            if given in RETIRED_VALUES:
+                message = f"{given} is now called {RETIRED_VALUES[given]}"
         super().error(message)
 
 
@@ -1293,7 +1302,7 @@ def add_env_flags(parser: argparse.ArgumentParser, split="train", tasks=""):
 
     Args:
         parser: the script's parser.
-        split: the script's default of --split.
+        split: the script's default of --split; None: the script decides later.
         tasks: the script's default of --tasks.
     """
     group = parser.add_argument_group("environment")
@@ -1318,7 +1327,9 @@ def add_env_flags(parser: argparse.ArgumentParser, split="train", tasks=""):
     add("--split_by", "family",
         "family: related tasks stay together; paper: the paper's random split, which leaks",
         choices=SPLIT_BY)
-    add("--split", split, "part of the tasks", choices=("train", "val", "test", "all"))
+    group.add_argument(
+        "--split", default=split, choices=("train", "val", "test", "all"),
+        help="part of the tasks (default: train for training, test for evaluation, all with --score)")
     add("--categories", ",".join(CATEGORIES), "categories, comma-separated")
     add("--tasks", tasks, "task ids, comma-separated; overrides --split and --categories")
     add("--max_tasks", 0, "number of tasks, spread evenly over those chosen; 0: all", type=int)

@@ -11,10 +11,10 @@ One step:
 
     1. take --prompts_per_step tasks; for each draw G reward tokens, r_j ~ P(r)
     2. roll out: G conversations per task, each under its own reward token
-    3. normalise the rewards over the whole group, high and low together: A_j = (R_j - mean) / (std + eps_std)
+    3. normalise the rewards over the whole group, high and low together: A_j = (R_j - mean) / (std + eps)
     4. compute the log-probs of the reference (the stage 1 checkpoint) under the same reward tokens
     5. update: take the old log-probs from the trainer's own first forward, before any weight has changed, and
-       minimise -E[ 1/G sum_j min(rho_j A_j, clip(rho_j, 1 - eps_clip, 1 + eps_clip) A_j)
+       minimise -E[ 1/G sum_j min(rho_j A_j, clip(rho_j, 1 - clip_eps, 1 + clip_eps) A_j)
                     - beta KL(pi || pi_ref) ]                                                  (Eq. 8, 9)
 
 Choices where the paper is silent: the ratio rho is per token; the loss is averaged over the tokens of a
@@ -54,8 +54,8 @@ ADVANTAGES = ("group", "within_reward_token", "mean_only", "sign", "virtual_succ
 
 
 # ---- The maths: pure functions -----------------------------------------------------------------------------
-def sample_reward_tokens(kind, group_size, p_high, rng) -> list[str | None]:
-    """Return the reward tokens of a group.
+def sample_reward_tokens(kind, group_size, p_high, rng):
+    """Return the reward tokens of a group: "high", "low" or None for each rollout.
 
     Args:
         kind: "mixed": each rollout draws its own token with P(high) = p_high (Eq. 3); "high", "low" or
@@ -66,12 +66,7 @@ def sample_reward_tokens(kind, group_size, p_high, rng) -> list[str | None]:
     return [None if kind == "none" else kind] * group_size
 
 
-def group_advantages(
-    rewards: torch.Tensor,
-    reward_tokens: torch.Tensor | None = None,
-    kind="group",
-    eps=1e-6,
-) -> torch.Tensor:
+def group_advantages(rewards, reward_tokens=None, kind="group", eps=1e-6):
     """Return the advantages of the rollouts of each group. Equal rewards give exactly 0.
 
     Args:
@@ -120,7 +115,7 @@ def group_advantages(
     return advantages.masked_fill(zero_std, 0.0)
 
 
-def variance_parts(rewards: torch.Tensor, reward_tokens: torch.Tensor) -> tuple[float, float]:
+def variance_parts(rewards, reward_tokens):
     """Split the mean within-group variance of rewards [S, G] by the law of total variance.
 
     The part BETWEEN reward tokens is the one that Prop. 4.3 bounds and that drawing tokens adds. By itself it
@@ -163,7 +158,8 @@ def main():
     val_tasks = filter_overlong(sampler_policy, validation_tasks(args), make_env, args.max_len)
     trainer_policy = load_policy(
         args.model, torch.float32, "cpu", weights=distributed.is_main, thinking=args.thinking)
-    sha256 = distributed.broadcast(distributed.is_main and checksum(trainer_policy.model))
+    sha256 = checksum(trainer_policy.model) if distributed.is_main else None
+    sha256 = distributed.broadcast(sha256)
     check_and_record_settings(out, distributed, {"reference": sha256, "compute": str(dtype)})
     model, optimizer = shard_model(trainer_policy, args, dtype, distributed)
     reference = offload_shards(model, dtype) if args.beta else {}
@@ -186,7 +182,7 @@ def main():
         rolled_out = synced_time(distributed.device)
 
         # step 3: rewards and advantages
-        batch = [t for group in groups for t in group.trajectories]
+        batch = trajectories_of(groups)
         packs = pad_packs(pack(batch, args.tokens_per_microbatch, distributed.device), distributed)
         assign_advantages(packs, groups, args)
 
@@ -226,13 +222,7 @@ def main():
     loop.end(trainer_policy, stage_info, hint="python eval_bfcl.py --ckpt")
 
 
-def describe(args) -> str:
-    return (f"{args.model} | docs {args.tool_docs} | reward tokens {args.reward_tokens}, "
-            f"advantage {args.advantage}, reward {args.reward}, beta {args.beta}, lr {args.lr} | "
-            f"{args.steps} steps of {args.prompts_per_step} tasks x {args.group_size} rollouts")
-
-
-def update_policy(model, optimizer, packs: list[Pack], banned, args, distributed) -> dict:
+def update_policy(model, optimizer, packs: list[Pack], banned, args, distributed):
     """Run step 5: --update_epochs updates on one batch.
 
     NOTE: the old log-probs are the trainer's own, of the first epoch, when no weight has changed yet: there
@@ -315,6 +305,13 @@ class Group:
         return len({t.reward for t in self.trajectories}) == 1
 
 
+def trajectories_of(groups: list[Group]) -> list[Trajectory]:
+    trajectories = []
+    for group in groups:
+        trajectories += group.trajectories
+    return trajectories
+
+
 def sample_groups(policy, tasks, cursor, step, make_env, args, distributed):
     """Sample one batch of groups.
 
@@ -371,7 +368,7 @@ def assign_advantages(packs: list[Pack], groups: list[Group], args):
 
     The weight is 1 / (rollouts in the batch * tokens of this rollout), whatever the packs and ranks are.
     """
-    trajectories = [t for group in groups for t in group.trajectories]  # [B]
+    trajectories = trajectories_of(groups)  # [B]
     device = packs[0].ids.device
     shape = (len(groups), args.group_size)  # [S, G] of this rank, whose S may be 0
     rewards = torch.tensor([t.reward for t in trajectories], device=device)
@@ -396,9 +393,9 @@ def compute_ref_logp(policy, packs: list[Pack], temperature):
 REASONS = ("done", "malformed", "force_quit", "turn_tokens", "total_tokens", "context")
 
 
-def group_metrics(groups: list[Group], p_high) -> dict:
+def group_metrics(groups: list[Group], p_high):
     """Return metrics over all sampled groups, including those that were sampled again."""
-    trajectories = [t for group in groups for t in group.trajectories]
+    trajectories = trajectories_of(groups)
     G = len(groups[0].trajectories)
     rewards = torch.tensor([t.reward for t in trajectories]).view(-1, G)  # [S, G]
     high = torch.tensor([int(t.reward_token == "high") for t in trajectories]).view(-1, G)  # [S, G]
@@ -437,7 +434,7 @@ def group_metrics(groups: list[Group], p_high) -> dict:
 
 def save_rollouts(out, step, groups: list[Group], tokenizer):
     """Save this step's rollouts, print the best and the worst, prune all but every 50th earlier step."""
-    trajectories = [t for group in groups for t in group.trajectories]
+    trajectories = trajectories_of(groups)
     lines = "".join(t.to_json() + "\n" for t in trajectories)
     sft_rctp.atomic_write(out / f"rollouts/step_{step:06d}.jsonl", lines)
     for path in (out / "rollouts").glob("step_*.jsonl"):
@@ -516,6 +513,13 @@ def parse_args(argv: list[str] | None = None):
     preset = parser.parse_known_args(argv)[0].preset
     parser.set_defaults(**PRESETS[preset])
     return parser.parse_args(argv)
+
+
+def describe(args):
+    """Return the flags of a run for its first line."""
+    return (f"{args.model} | docs {args.tool_docs} | reward tokens {args.reward_tokens}, "
+            f"advantage {args.advantage}, reward {args.reward}, beta {args.beta}, lr {args.lr} | "
+            f"{args.steps} steps of {args.prompts_per_step} tasks x {args.group_size} rollouts")
 
 
 def check_flags(args):

@@ -8,10 +8,10 @@ rendered once and appended with loss mask 0. The cache, with two prompts and thr
 
     prefix A   [system message, tool docs, first user message]         computed once, shared by its rows
       slot 0     [reward token ... | message | reply | message ...]    row 0: its ids after the prefix
-      slot 1     [reward token ... | message                ......]    row 1: padding behind its position
+      slot 1     [reward token ... | message ..... padding ........]   row 1
     prefix B   [system message, tool docs, first user message]
-      slot 2     [reward token ... | message | reply        ......]    row 2
-                                              pos ^
+      slot 2     [reward token ... | message | reply .. padding ..]    row 2
+                                                   ^ pos: its last id
 
 A prompt is cut just before its reward token, so that high and low rollouts of a task share the prefix. A row
 attends to [prefix | its slot] with one softmax; no prefix is ever copied. The steps of `rollout`:
@@ -102,7 +102,7 @@ class Trajectory:
     # total_tokens (--max_sampled_tokens)
     reason: str
     verdict: dict
-    steps: int = 0  # messages of the model
+    steps: int = 0  # messages that were executed; one that a limit cut off is not
     calls: int = 0  # executed calls
     sample: int = 0  # index among an evaluation's rollouts of this task and reward token
 
@@ -189,24 +189,6 @@ def rollout(
         sampler.process_outputs(outputs)
     bar.close()
     return out
-
-
-def filter_overlong(policy: Policy, tasks, make_env, max_len):
-    """Return the tasks whose prompt leaves room for a response.
-
-    Raises:
-        BfclError: if there is none.
-    """
-    limit = min(max_len, policy.max_len)
-    fits = []
-    for task in tasks:
-        prompt = policy.chat.render_prompt(make_env(task).messages(), "high")
-        if len(prompt) + 1 < limit:
-            fits.append(task)
-    if tasks and not fits:
-        raise BfclError(f"no task's prompt fits in {limit} tokens: raise --max_len or take smaller "
-                        "--tool_docs")
-    return fits
 
 
 def answer_messages(step) -> list[dict]:
@@ -298,7 +280,7 @@ class Sampler:
 
     # step 1
     def add_requests(self, envs, reward_tokens, keys: list[tuple]):
-        """Render the prompts, queue the rows in the order given, size the cache."""
+        """Render the prompts, queue the rows in the order given, size the cache. To be called once."""
         chat = self.policy.chat
         prompts = {}  # (messages, reward token) -> ids: the same for all rollouts of a group with this token
         prefixes = {}  # ids -> Prefix
@@ -550,6 +532,24 @@ class Sampler:
             verdict=vars(verdict),
             steps=row.steps,
             calls=row.calls)
+
+
+def filter_overlong(policy: Policy, tasks, make_env, max_len):
+    """Return the tasks whose prompt leaves room for a response.
+
+    Raises:
+        BfclError: if there is none.
+    """
+    limit = min(max_len, policy.max_len)
+    fits = []
+    for task in tasks:
+        prompt = policy.chat.render_prompt(make_env(task).messages(), "high")
+        if len(prompt) + 1 < limit:
+            fits.append(task)
+    if tasks and not fits:
+        raise BfclError(f"no task's prompt fits in {limit} tokens: raise --max_len or take smaller "
+                        "--tool_docs")
+    return fits
 
 
 # ---- Attention ---------------------------------------------------------------------------------------------

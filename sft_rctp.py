@@ -20,7 +20,6 @@ Gold calls and mistakes, Trajectories, Stage 1; Distributed set-up, Sharding, Th
 The training loop, Validation, The run directory, Flags.
 """
 import argparse
-import atexit
 import contextlib
 import datetime
 import fcntl
@@ -127,7 +126,7 @@ def _needs_result(call, results, known):
 MISTAKES = ("argument", "function", "missing", "guess")
 
 
-def corrupt(task, turns: list[list[Call]], kind, rng) -> list[list[Call]]:
+def corrupt(task, turns: list[list[Call]], kind, rng):
     """Make one kind of mistake, which models really make, in every other turn on average.
 
     Several turns are corrupted where that is possible, since a failing agent rarely makes a single mistake.
@@ -195,10 +194,12 @@ def _other_value(value, calls_so_far, rng):
 
 
 # ---- Trajectories ------------------------------------------------------------------------------------------
-def play_script(policy, env, messages: list[str], reward_token: str | None, reward="official") -> Trajectory:
+def play_script(policy, env, messages, reward_token, reward="official") -> Trajectory:
     """Play scripted messages in the environment and render the conversation exactly as sampling would.
 
     Args:
+        messages: Texts of the assistant.
+        reward_token: "high", "low" or None.
         reward: The kind of reward that the verdict is turned into (--reward).
 
     Returns:
@@ -233,7 +234,7 @@ def play_script(policy, env, messages: list[str], reward_token: str | None, rewa
         calls=calls)
 
 
-def make_pair(policy, task, make_env, args, used, reward_token_of) -> list[Trajectory]:
+def make_pair(policy, task, make_env, args, used, reward_token_of):
     """Write a [success, failure] pair of one task; the two agree up to the first mistake.
 
     Args:
@@ -268,7 +269,7 @@ def make_pair(policy, task, make_env, args, used, reward_token_of) -> list[Traje
     raise BfclError(f"found no failing variant of {task.id}")
 
 
-def read_rollouts(policy, tasks, make_env, args, reward_token_of) -> list[Trajectory]:
+def read_rollouts(policy, tasks, make_env, args, reward_token_of):
     """Read the rollouts of these tasks from the files of --rollouts, and relabel them by their verdict.
 
     Only the prompt is rendered again, since it contains the reward token.
@@ -285,9 +286,9 @@ def read_rollouts(policy, tasks, make_env, args, reward_token_of) -> list[Trajec
                     continue
                 messages = make_env(tasks_by_id[t.task]).messages()
                 found.append(_relabel(t, policy.chat, messages, args.reward, reward_token_of))
-            except (BfclError, KeyError, TypeError, ValueError):
-                raise BfclError(f"{file}, line {n}: not a rollout with this run's prompt; give a run's "
-                                "rollouts/*.jsonl and its --model, --tool_docs, --call_format and "
+            except (BfclError, KeyError, TypeError, ValueError) as error:
+                raise BfclError(f"{file}, line {n}: not a rollout with this run's prompt ({error}); give a "
+                                "run's rollouts/*.jsonl and its --model, --tool_docs, --call_format and "
                                 "--protocol") from None
     return found
 
@@ -849,7 +850,8 @@ class TrainLoop:
         self.state = self.checkpoints.load()
         self.done = self.state.pop("step")
         if self.distributed.is_main:
-            self.logger = MetricsLogger(self.out, self.done, self.args)
+            self.logger = MetricsLogger(self.out, start_tracker(self.out, self.args))
+            self.logger.keep_first(self.done)
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._request_stop)
 
@@ -949,7 +951,7 @@ def validation_tasks(args, trained: set[str] = frozenset()):
     return tasks
 
 
-def validate(policy, tasks, reward_tokens: list[str | None], make_env, args, distributed):
+def validate(policy, tasks, reward_tokens, make_env, args, distributed):
     """Return the mean reward per reward token, over one sampled rollout per task and reward token.
 
     The rollouts are divided among the ranks. `policy` is a full copy."""
@@ -998,7 +1000,7 @@ def open_run_dir(args, distributed):
         if not work_has_begun(out):
             write_config(out, args, distributed)
         elif read_config(out)["args"].keys() != vars(args).keys():
-            complaint = f"{out} holds a run of another version of this code: give a new folder with --out"
+            complaint = f"{out} holds a run of another script, or of another version: give a new --out"
     distributed.raise_together(complaint)
     return out
 
@@ -1088,14 +1090,16 @@ def atomic_write(path, content):
 
 class MetricsLogger:
     """Log each step as one line of metrics.jsonl, one line on the console and, on request, in Weights &
-    Biases or TensorBoard."""
+    Biases."""
 
-    def __init__(self, out, done, args):
+    def __init__(self, out, track):
         self.path = out / "metrics.jsonl"
-        # A resumed run drops the lines of steps that it will make again: it keeps `done` lines, one per step.
+        self.track = track  # function of (step, metrics)
+
+    def keep_first(self, done):
+        """Keep `done` lines, one per step: a resumed run makes the later steps again."""
         lines = self.path.read_text().splitlines(keepends=True) if done else []
         atomic_write(self.path, "".join(lines[:done]))
-        self.track = start_tracker(out, done, args)
 
     def log(self, step, total, metrics):
         with open(self.path, "a") as file:
@@ -1105,26 +1109,17 @@ class MetricsLogger:
         self.track(step, metrics)
 
 
-def start_tracker(out, done, args):
+def start_tracker(out, args):
     """Return a function of (step, metrics) that logs to --tracker."""
     if args.tracker == "wandb":
         import wandb
         name = str(out).replace("/", "-")
         wandb.init(project="rc-grpo", id=name, dir=out, config=vars(args), resume="allow")
         return lambda step, metrics: wandb.log(metrics, step=step)
-    if args.tracker == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(out, purge_step=done + 1)
-        atexit.register(writer.close)  # writes the last metrics
-
-        def track(step, metrics):
-            for name, value in metrics.items():
-                writer.add_scalar(name, value, step)
-        return track
     return lambda step, metrics: None
 
 
-def read_metrics(out) -> list[dict]:
+def read_metrics(out):
     """Return the lines of metrics.jsonl, one per step."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -1176,7 +1171,7 @@ def add_training_flags(parser: argparse.ArgumentParser, out):
         help="steps between validations; one more follows the last step; 0: none (default: %(default)s)")
     add("--eval_limit", default=16, type=number(int, 1),
         help="number of validation tasks (default: %(default)s)")
-    add("--tracker", default="none", choices=("none", "wandb", "tensorboard"),
+    add("--tracker", default="none", choices=("none", "wandb"),
         help="also log to Weights & Biases or TensorBoard, if installed (default: %(default)s)")
 
 

@@ -1508,6 +1508,7 @@ def test_pipeline(pipeline):
     assert all(torch.equal(p, states[1][name]) for name, p in states[0].items())
     [planned] = succeed(start("results/recipe.py"))
     assert planned.count("planned peak 133 of 140 GiB") == 2  # 12 bytes a parameter, gradients and what moves
+    assert "predicted hours: stage 1 1, stage 2 37," in planned  # two plans, not one twice
     if FULL:
         flags = f"{STAGE} {PAIR},multi_turn_base_46 --batch_size 6 --dtype bf16 --save_every 0 --out"
         [planned] = succeed(start(f"bench.py plan {flags} {out}/plan"))
@@ -1565,15 +1566,26 @@ def test_bad_input_is_told_at_once(pipeline, tmp_path):
 
 @pytest.mark.parametrize("script", ["sft_rctp.py", "rl_rcgrpo.py", "eval_bfcl.py", "rollout.py"])
 def test_retired_flags(script):
-    """An old command that goes on by accident, since argparse takes `--group` for `--group_size`."""
-    retired = {old: new for old, new in bfcl_env.RETIRED_FLAGS.items()
-               if (script, old) != ("rollout.py", "--init")}
+    """An old command must not go on by accident, as when argparse takes `--group` for `--group_size`."""
+    flags = bfcl_env.RETIRED_FLAGS
+    commands = [f"{script} {old} 1" for old in flags]
 
-    ended = told(*(f"{script} {old} 1" for old in retired), f"{script} --temp 1")
+    (_, usage), (status, abbreviated), *ended = told(f"{script} --help", f"{script} --temp 1", *commands)
 
-    *ended, (status, said) = ended
-    assert status == 2 and "unrecognized arguments: --temp" in said
-    for (status, said), (old, new) in zip(ended, retired.items(), strict=True):
+    assert status == 2 and "unrecognized arguments: --temp" in abbreviated
+    for (status, said), (old, new) in zip(ended, flags.items(), strict=True):
+        known = re.search(rf"{new}\b", usage)  # a script does not name a flag that it has not
+        assert status == 2
+        assert (f"error: {old} is now called {new}\n" if known else f"unrecognized arguments: {old}") in said
+
+
+def test_retired_values():
+    """`--split family` was the way of splitting; argparse alone would say that it is no part of the tasks."""
+    commands = [f"rl_rcgrpo.py {old}" for old in bfcl_env.RETIRED_VALUES]
+
+    ended = told(*commands)
+
+    for (status, said), (old, new) in zip(ended, bfcl_env.RETIRED_VALUES.items(), strict=True):
         assert status == 2 and f"error: {old} is now called {new}\n" in said
 
 
@@ -1588,7 +1600,7 @@ def test_what_older_versions_wrote_is_refused(pipeline, tmp_path):
         text = path.read_text()
         assert new in text
         path.write_text(text.replace(new, old))
-    commands = {f"rl_rcgrpo.py --model {pipeline[0]}/sft/model --out {run}": "run of another version",
+    commands = {f"rl_rcgrpo.py --model {pipeline[0]}/sft/model --out {run}": "a run of another script, or of another version",
                 f"rl_rcgrpo.py --model {model}": "is not of this version",
                 f"sft_rctp.py --model tiny {STAGE} --rollouts {run}/rollouts/step_000002.jsonl "
                 f"--out {tmp_path}/new": "step_000002.jsonl, line 1: not a rollout with this run's prompt"}

@@ -106,7 +106,7 @@ def main():
     updates = stage1.epochs * math.ceil(len(train) / (stage1.batch_size // 2))  # a pair a task
     with tempfile.TemporaryDirectory() as folder:
         stand_in(folder)
-        plans = [[plan(cards.count, flag, folder) for flag in ("--model", "--model")] for cards in CARDS]
+        plans = [[plan(cards.count, "--stage", stage, "--model", folder) for stage in "12"] for cards in CARDS]
         typical = Typical.of(folder, stage2.group_size)
     print(f"Stage 1: {updates} updates; stage 2: {stage2.steps} steps of {stage2.prompts_per_step} x {stage2.group_size} "
           f"rollouts; evaluation: {len(test)} tasks x 4 rollouts x 3 tokens x 2 checkpoints.\n"
