@@ -1,26 +1,33 @@
-"""Does the token help? The arms of RC-GRPO in a world that is small enough for statistics.
+"""Test whether the reward token helps: the arms of RC-GRPO in a world that is small enough for statistics.
 
-    python results/world.py            # table and picture (world.md, world.png) from what is there: seconds
+    python results/world.py            # table and picture (world.md, world.png) of finished runs: seconds
     python results/world.py tune       # the base policy, and stage 2's learning rates on validation tasks
-    python results/world.py run        # what is not in world/test/ yet, two processes; then table and picture
+    python results/world.py run        # runs missing in world/test/, two processes; then table and picture
     python results/world.py grid       # afterwards: the primary arms at every rate, on validation tasks
 
-The world is a ledger: five functions, sixteen accounts, digits. A user asks for two to four things in turn;
-some take one call, whose arguments stand in the request, others two, of which the second needs what the first
-returned. The reward is 1 only if every turn is right. The policy is the `tiny` model (0.1M weights, a byte
-tokenizer), pretrained once on requests of one call: it knows the format and the functions, and has never used
-a result. All else is the project's own: `rollout`, `record`, `pack`, `update` of stage 1; `sample_groups`,
-`fill`, `learn` of stage 2.
+The environment is a ledger: five functions, sixteen accounts, digits. A user asks for two to four things in
+turn. Some take one call, whose arguments are in the request. Others take two calls, and the second needs the
+result of the first. The reward is 1 only if every turn is right. The policy is the `tiny` model (0.1M
+weights, a byte tokenizer), pretrained once on requests of one call: it knows the format and the functions,
+and has never used a result. Everything else is the project's own code: `rollout`, `play_script`, `pack`,
+`optimizer_step` of stage 1; `sample_groups`, `assign_advantages`, `update_policy` of stage 2.
 
-Change REQUESTS, TURNS or the numbers below them, remove world/, then tune and run: you see another world.
+To try another environment, change REQUESTS, TURNS or the numbers below them, remove world/, then tune and
+run.
 
-What was tried, on validation tasks and seeds of no arm. Pretraining: on 4,000 tasks again and again, or all
-lengths from the start, the model did not learn to copy within 2,200 updates; growing from one turn to four it
-did. Failures with a mistake in every other turn: 47 % under high, 16 % under low after 300 updates; in every
-turn 72 % and 4 %, on a base that was made anew afterwards. On this one 300 updates gave 28 to 31 %, with
-which a first series was run (world/first_*; test tasks 27 %: RC-GRPO minus always high -0.4 points, -2.3 to
-+1.4); 450 gave 61 to 63 % and 34 to 53 % dead groups; 600 gave 64 to 71 % and 55 to 77 %, and were taken,
-with new test tasks. The first grid, 3e-4, 1e-3 and 3e-3, was too high at its upper end.
+How the settings were chosen, on validation tasks and on seeds of no arm:
+
+    Pretraining: the model did not learn to copy within 2,200 updates on 4,000 tasks again and again, nor with
+    all lengths from the start. It did when conversations grew from one turn to four.
+
+    Failures: with a mistake in every other turn, 47 % succeeded under high and 16 % under low after 300
+    updates; with one in every turn 72 % and 4 %, on a base that was trained again afterwards.
+
+    Length of stage 1, on this base: 300 updates gave 28 to 31 %, with which a first series was run
+    (world/first_*; test tasks 27 %: RC-GRPO minus always high -0.4 points, -2.3 to +1.4). 450 gave 61 to 63 %
+    and 34 to 53 % zero-std groups. 600 gave 64 to 71 % and 55 to 77 %, and were chosen, with new test tasks.
+
+    Learning rates: the first grid, 3e-4, 1e-3 and 3e-3, was too high at its upper end.
 """
 import copy
 import json
@@ -47,36 +54,54 @@ from bfcl_env import StepResult
 
 HERE = Path(__file__).parent / "world"
 
-# ---- The world ---------------------------------------------------------------------------------------------
+# ---- The environment ---------------------------------------------------------------------------------------
 ACCOUNTS = "abcdefghijklmnop"
-# What a user can ask for: the text, and the calls that do it; $ is what the call before returned.
-EASY = {"show {x}": ["get({x})"],
-        "set {x} to {n}": ["set({x},{n})"],
-        "add {n} to {x}": ["add({x},{n})"],
-        "move {n} from {x} to {y}": ["move({x},{y},{n})"],
-        "close {x}": ["close({x})"]}
-HARD = {"copy {x} to {y}": ["get({x})", "set({y},$)"],
-        "double {x}": ["get({x})", "add({x},$)"],
-        "empty {x} into {y}": ["get({x})", "move({x},{y},$)"],
-        "close {x} into {y}": ["close({x})", "add({y},$)"]}
+# The text of a user's request -> the calls that fulfil it; $ is the result of the call before.
+EASY = {
+    "show {x}": ["get({x})"],
+    "set {x} to {n}": ["set({x},{n})"],
+    "add {n} to {x}": ["add({x},{n})"],
+    "move {n} from {x} to {y}": ["move({x},{y},{n})"],
+    "close {x}": ["close({x})"],
+}
+HARD = {
+    "copy {x} to {y}": ["get({x})", "set({y},$)"],
+    "double {x}": ["get({x})", "add({x},$)"],
+    "empty {x} into {y}": ["get({x})", "move({x},{y},$)"],
+    "close {x} into {y}": ["close({x})", "add({y},$)"],
+}
 REQUESTS = EASY | HARD
 TURNS = (2, 4)
-CALLS = 4  # in a turn; more end the conversation
-LIMITS = dict(max_new_tokens=24, max_sampled_tokens=300, max_len=600)  # of a rollout
+CALLS = 4  # the conversation ends with this many in one turn
+LIMITS = dict(max_new_tokens=24, max_sampled_tokens=300, max_len=600)  # limits of a rollout
 
 PRETRAINING = 1800  # updates of the base policy
-TRAIN, HELD_OUT = 256, 200  # tasks of training; of validation and of test
-STAGE1, STAGE1_LR = 600, 3e-3  # updates of 8 pairs
-ROLLOUTS = 2560  # of an arm of stage 2
-SEEDS, TUNING_SEEDS = range(10), (100, 101)
+TRAIN = 256  # training tasks
+HELD_OUT = 200  # validation tasks, and as many test tasks
+STAGE1 = 600  # updates of 8 pairs
+STAGE1_LR = 3e-3
+ROLLOUTS = 2560  # rollouts per arm of stage 2
+SEEDS = range(10)
+TUNING_SEEDS = (100, 101)
 GRID = (3e-4, 6e-4, 1.2e-3)  # learning rates of stage 2
-LOGGED = ("reward", "rc/reward_high", "rc/reward_low", "frac_reward_zero_std", "rc/var_within_tokens",
-          "rc/var_between_tokens", "rc/mode_gap", "kl", "grad_norm")
+LOGGED = (
+    "reward",
+    "rc/reward_high",
+    "rc/reward_low",
+    "frac_reward_zero_std",
+    "rc/var_within_tokens",
+    "rc/var_between_tokens",
+    "rc/mode_gap",
+    "kl",
+    "grad_norm",
+)
 
 
 def execute(balances: dict[str, int], call: str) -> str:
-    """Do one call, `name(argument,...)`, to the balances; returns what it returns. One that cannot be done
-    changes nothing."""
+    """Apply one call, `name(argument,...)`, to the balances and return its result.
+
+    A call that cannot be executed changes nothing.
+    """
     name, _, rest = call.removesuffix(")").partition("(")
     match name, rest.split(","):
         case "get", [x] if x in balances:
@@ -102,36 +127,41 @@ def is_number(text):
 @dataclass
 class Task:
     id: str
-    balances: dict[str, int]  # at the start
-    texts: list[str]  # what the user asks for, turn by turn
-    gold: list[list[str]]  # the calls that do it
+    balances: dict[str, int]  # balances at the start
+    texts: list[str]  # the user's request in each turn
+    gold: list[list[str]]  # the calls that fulfil it
 
 
 def make_task(id, requests, turns) -> Task:
-    """Any number of tasks: the id decides."""
+    """Return the task that the id determines; any number of tasks can be made."""
     rng = random.Random(id)
     balances = {x: rng.randint(1, 9) for x in ACCOUNTS}
-    task, now = Task(id, dict(balances), [], []), balances
+    task = Task(id, dict(balances), [], [])
     for _ in range(rng.randint(*turns)):
         text = rng.choice(list(requests))
-        x, y = rng.sample(sorted(now), 2)
+        x, y = rng.sample(sorted(balances), 2)
         names = dict(x=x, y=y, n=rng.randint(1, 9))
-        calls, result = [], ""
+        calls = []
+        result = ""
         for call in requests[text]:
             calls.append(call.format(**names).replace("$", result))
-            result = execute(now, calls[-1])
+            result = execute(balances, calls[-1])
         task.texts.append(text.format(**names))
         task.gold.append(calls)
     return task
 
 
 class Ledger:
-    """The conversation about one task: a message is one call, or ends the turn."""
+    """The environment of one task: a message is one call, or it ends the turn."""
 
     def __init__(self, task):
-        self.id, self.task = task.id, task
-        self.balances, self.gold = dict(task.balances), dict(task.balances)
-        self.turn, self.results, self.right = 0, [], True
+        self.id = task.id
+        self.task = task
+        self.balances = dict(task.balances)
+        self.gold = dict(task.balances)  # balances after the gold calls
+        self.turn = 0
+        self.results = []  # results of this turn
+        self.right = True
 
     def messages(self):
         return [{"role": "user", "content": self.task.texts[0]}]
@@ -139,14 +169,16 @@ class Ledger:
     def step(self, text) -> StepResult:
         if "(" in text:
             self.results.append(execute(self.balances, text))
-            over = len(self.results) == CALLS
-            return StepResult(self.results[-1:], None, over, "force_quit" if over else None)
-        # As on BFCL: the gold calls' state, and what they return has been returned.
+            done = len(self.results) == CALLS
+            return StepResult(self.results[-1:], None, done, "force_quit" if done else None)
+        # As on BFCL, a turn is right if the state is that of the gold calls, and their results were returned.
         expected = [execute(self.gold, call) for call in self.task.gold[self.turn]]
         self.right &= self.balances == self.gold and all(result in self.results for result in expected)
-        self.turn, self.results = self.turn + 1, []
-        done = self.turn == len(self.task.texts)
-        return StepResult([], None if done else self.task.texts[self.turn], done, "done" if done else None)
+        self.turn += 1
+        self.results = []
+        if self.turn == len(self.task.texts):
+            return StepResult([], None, True, "done")
+        return StepResult([], self.task.texts[self.turn], False, None)
 
     def verdict(self):
         return Verdict(right=self.right and self.turn == len(self.task.texts))
@@ -158,8 +190,10 @@ class Verdict(SimpleNamespace):
 
 
 def corrupt(task, rng) -> list[list[str]]:
-    """The gold calls with a mistake in most turns: an argument, the function (which may be drawn as it was),
-    or a call left out."""
+    """Return the gold calls with one mistake in most turns.
+
+    A mistake is another argument, another function (which may be drawn as it was), or a missing call.
+    """
     turns = [list(calls) for calls in task.gold]
     for calls in turns:
         i = rng.randrange(len(calls))
@@ -168,7 +202,9 @@ def corrupt(task, rng) -> list[list[str]]:
         match rng.choice(["argument", "function", "missing"]):
             case "argument":
                 k = rng.randrange(len(arguments))
-                others = list(ACCOUNTS) if arguments[k] in ACCOUNTS else [str(n) for n in range(1, 10)]
+                others = [str(n) for n in range(1, 10)]
+                if arguments[k] in ACCOUNTS:
+                    others = list(ACCOUNTS)
                 arguments[k] = rng.choice([other for other in others if other != arguments[k]])
             case "function":
                 name = rng.choice(["get", "close"] if len(arguments) == 1 else ["set", "add"])
@@ -179,144 +215,201 @@ def corrupt(task, rng) -> list[list[str]]:
     return turns
 
 
-def play_script(policy, task, turns, token):
-    """The trajectory of one who makes these calls."""
-    said = [message for calls in turns for message in (*calls, ".")]
-    return sft.play_script(policy, Ledger(task), said, token)
+def play_script(policy, task, turns, reward_token):
+    """Return the trajectory of a policy that makes these calls."""
+    messages = []
+    for calls in turns:
+        messages += [*calls, "."]
+    return sft.play_script(policy, Ledger(task), messages, reward_token)
 
 
 def make_pair(policy, task, seed, success, failure):
-    """[success, failure] with these tokens, the failure judged."""
-    rng, bad = random.Random(f"{seed} {task.id}"), None
-    while bad is None or bad.reward == 1:
+    """Return [success, failure] with these reward tokens; the failure was judged as one."""
+    rng = random.Random(f"{seed} {task.id}")
+    while True:
         bad = play_script(policy, task, corrupt(task, rng), failure)
-    return [play_script(policy, task, task.gold, success), bad]
+        if bad.reward < 1:
+            return [play_script(policy, task, task.gold, success), bad]
 
 
 # ---- Both stages, by the project's own functions -----------------------------------------------------------
 def sharded(policy, lr, distributed):
-    """(model, optimizer) that learn from where the policy stands; the policy itself stays."""
+    """Return (model, optimizer) to train a copy of the policy."""
     args = SimpleNamespace(lr=lr, gradient_checkpointing="off")
-    return sft.shard_model(SimpleNamespace(model=copy.deepcopy(policy.model)), args, torch.float32, distributed)
+    trained = SimpleNamespace(model=copy.deepcopy(policy.model))
+    return sft.shard_model(trained, args, torch.float32, distributed)
 
 
 def fit(policy, pairs, steps, lr, seed, distributed, size=8):
-    """Stage 1: `steps` updates of `size` pairs, in the order of the seed; without one, as they come."""
+    """Run stage 1: `steps` updates of `size` pairs, shuffled by the seed, or in their order if it is None."""
     model, optimizer = sharded(policy, lr, distributed)
     for step in range(1, steps + 1):
-        chosen = range((step - 1) * size, step * size)
+        start = (step - 1) * size
+        chosen = range(start, start + size)
         if seed is not None:
-            chosen = sft.epoch_shuffle(len(pairs), (step - 1) * size, size, seed)
-        batch = [t for i in chosen for t in pairs[i]]
+            chosen = sft.epoch_shuffle(len(pairs), start, size, seed)
+        batch = []
+        for i in chosen:
+            batch += pairs[i]
         packs = sampler.pack(batch)
         count = sum(len(p.targets) for p in packs)
 
         def loss_of(p):
             return -model.token_logprobs(p, policy.banned).sum() / count
+
         optimizer.param_groups[0]["lr"] = sft.get_lr(step, lr, steps, decay=steps // 5)
         sft.optimizer_step(model, optimizer, packs, loss_of, distributed)
     sft.load_full_weights(policy.model, model)
 
 
 def pretrain(distributed):
-    """The base policy, once: gold conversations of one-call requests, growing from one turn to four, under
-    any token, which means nothing."""
+    """Train the base policy, once, on gold conversations of one-call requests.
+
+    They grow from one turn to four. Their reward tokens are random and mean nothing.
+    """
     torch.manual_seed(0)
     policy = sampler.load_policy("tiny", torch.float32, "cpu")
-    tasks = [make_task(f"pretraining {n}", EASY, (1, 1 + min(3, 5 * n // PRETRAINING // 32)))
-             for n in range(32 * PRETRAINING)]
-    data = [[play_script(policy, task, task.gold, random.Random(task.id).choice(["high", "low", None]))]
-            for task in tasks]
+    data = []
+    for n in range(32 * PRETRAINING):
+        longest = 1 + min(3, 5 * n // PRETRAINING // 32)  # turns
+        task = make_task(f"pretraining {n}", EASY, (1, longest))
+        reward_token = random.Random(task.id).choice(["high", "low", None])
+        data.append([play_script(policy, task, task.gold, reward_token)])
     fit(policy, data, PRETRAINING, 3e-3, None, distributed, size=32)
     policy.model.save_pretrained(HERE / "base")
     policy.tokenizer.save_pretrained(HERE / "base")
 
 
 def stage1_pairs(policy, row, tasks, seed):
-    """What the row's first stage learns from. The placebo's tokens are drawn, whatever the outcome."""
-    rng, pairs = random.Random(f"{seed} tokens"), []
+    """Return the row's data for stage 1: per task [success, failure], or [success] for sft."""
+    rng = random.Random(f"{seed} tokens")
+    pairs = []
     for task in tasks:
-        tokens = {"rctp": ["high", "low"], "placebo": [rng.choice(["high", "low"]) for _ in range(2)]}
-        pair = make_pair(policy, task, seed, *tokens.get(row, [None, None]))
+        placebo = [rng.choice(["high", "low"]) for _ in range(2)]  # independent of the outcome
+        reward_tokens = {"rctp": ["high", "low"], "placebo": placebo}.get(row, [None, None])
+        pair = make_pair(policy, task, seed, *reward_tokens)
         pairs.append(pair[:1] if row == "sft" else pair)
     return pairs
 
 
+def relabelled(policy, t):
+    """Return a trajectory with the reward token that its reward has earned."""
+    reward_token = "high" if t.reward == 1 else "low"
+    prompt = t.segments()[0][1]
+    ids = list(t.ids)
+    for position, i in enumerate(prompt):
+        if i in policy.reward_ids.values():
+            ids[position] = policy.reward_ids[reward_token]
+    return replace(t, reward_token=reward_token, ids=ids)
+
+
 def own_pairs(policy, tasks, seed):
-    """Quark's step (arXiv 2205.13636): rollouts under both tokens, labelled anew by what they achieved."""
-    jobs = [(task, token, n) for task in tasks for token in ("high", "low")
-            for n in range(ROLLOUTS // len(tasks) // 2)]
-    found = sampler.rollout(policy, [Ledger(task) for task, _, _ in jobs], [token for _, token, _ in jobs],
-                            [(seed, task.id, token, n) for task, token, n in jobs], **LIMITS)
+    """Pair rollouts under both reward tokens, relabelled by their outcome: Quark (arXiv 2205.13636)."""
+    envs = []
+    reward_tokens = []
+    keys = []
+    for task in tasks:
+        for reward_token in ("high", "low"):
+            for n in range(ROLLOUTS // len(tasks) // 2):
+                envs.append(Ledger(task))
+                reward_tokens.append(reward_token)
+                keys.append((seed, task.id, reward_token, n))
+    found = sampler.rollout(policy, envs, reward_tokens, keys, **LIMITS)
     random.Random(seed).shuffle(found)
-    sides = {"high": [], "low": []}
-    for t in found:
-        token = "high" if t.reward == 1 else "low"
-        prompt = t.segments()[0][1]
-        new = [policy.reward_ids[token] if i in policy.reward_ids.values() else i for i in prompt]
-        sides[token].append(replace(t, reward_token=token, ids=new + t.ids[len(prompt):]))
-    return [list(pair) for pair in zip(sides["high"], sides["low"])]
+    found = [relabelled(policy, t) for t in found]
+    high = [t for t in found if t.reward_token == "high"]
+    low = [t for t in found if t.reward_token == "low"]
+    return [list(pair) for pair in zip(high, low)]
 
 
-def reinforce(policy, tasks, flags, lr, seed, distributed, watch):
-    """Stage 2: updates until ROLLOUTS are used up. watch(): called four times. Returns a dict a step."""
-    args = rl.parse_args(["--prompts_per_step", "8", "--group_size", "8", "--seed", str(seed), *flags.split()])
+def reinforce(policy, tasks, flags, lr, seed, distributed, validate):
+    """Run stage 2: updates until ROLLOUTS are used up.
+
+    Args:
+        validate: called four times, without arguments.
+
+    Returns:
+        One dict per step.
+    """
+    args = rl.parse_args(f"--prompts_per_step 8 --group_size 8 --seed {seed} {flags}".split())
     vars(args).update(LIMITS)
     model, optimizer = sharded(policy, lr, distributed)
-    reference, cursor, log = copy.deepcopy(policy.model), 0, []
-    total, resample = ROLLOUTS // args.group_size, args.dynamic_sampling  # total: groups
+    reference = copy.deepcopy(policy.model)
+    most = args.dynamic_sampling
+    total = ROLLOUTS // args.group_size  # groups
+    cursor = 0  # groups so far
+    log = []
     while cursor + args.prompts_per_step <= total:
-        args.dynamic_sampling = min(resample, (total - cursor) // args.prompts_per_step - 1)  # never more than the budget
-        step, before = len(log) + 1, cursor
-        groups, drawn, cursor = rl.sample_groups(policy, tasks, cursor, step, Ledger, args, distributed)
-        packs = sft.pad_packs(sampler.pack([t for group in groups for t in group.trajectories]), distributed)
+        # Sampling again must not exceed the budget.
+        args.dynamic_sampling = min(most, (total - cursor) // args.prompts_per_step - 1)
+        step = len(log) + 1
+        before = cursor
+        groups, sampled, cursor = rl.sample_groups(policy, tasks, cursor, step, Ledger, args, distributed)
+        trajectories = [t for group in groups for t in group.trajectories]
+        packs = sft.pad_packs(sampler.pack(trajectories), distributed)
         rl.assign_advantages(packs, groups, args)
         for p in packs:
             with torch.no_grad():
                 p.ref_logp = sampler.token_logprobs(reference, p, policy.banned)  # [M]
         optimizer.param_groups[0]["lr"] = sft.get_lr(step, lr, total // args.prompts_per_step)
         metrics = rl.update_policy(model, optimizer, packs, policy.banned, args, distributed)
-        metrics |= rl.group_metrics(drawn, args.p_high)
+        metrics |= rl.group_metrics(sampled, args.p_high)
         sft.load_full_weights(policy.model, model)
-        log.append({"rollouts": cursor * args.group_size,
-                    **{name: float(f"{metrics[name]:.5g}") for name in LOGGED if name in metrics}})
-        if 4 * cursor // total > 4 * before // total or cursor + args.prompts_per_step > total:
-            log[-1]["validation"] = watch()
+        line = {"rollouts": cursor * args.group_size}
+        for name in LOGGED:
+            if name in metrics:
+                line[name] = float(f"{metrics[name]:.5g}")
+        is_last = cursor + args.prompts_per_step > total
+        if is_last or 4 * cursor // total > 4 * before // total:
+            line["validation"] = validate()
+        log.append(line)
     return log
 
 
-def success(policy, tasks, token, samples):
-    """Share of rollouts that succeed. The random numbers are the same for every policy."""
-    jobs = [(task, n) for task in tasks for n in range(samples)]
-    found = sampler.rollout(policy, [Ledger(task) for task, _ in jobs], [token] * len(jobs),
-                            [(task.id, n) for task, n in jobs], **LIMITS)
+def success(policy, tasks, reward_token, samples):
+    """Return the share of rollouts that succeed. The random numbers are the same for every policy."""
+    envs = []
+    keys = []
+    for task in tasks:
+        for n in range(samples):
+            envs.append(Ledger(task))
+            keys.append((task.id, n))
+    found = sampler.rollout(policy, envs, [reward_token] * len(envs), keys, **LIMITS)
     return sum(t.reward for t in found) / len(found)
 
 
 # ---- The experiment ----------------------------------------------------------------------------------------
 @dataclass
 class Arm:
-    row: str  # of stage 1: sft, rctp, mixed (no token) or placebo
-    flags: str | None = None  # of stage 2; "own": stage 1 again, on own rollouts
-    token: str | None = "high"  # of the evaluation: high where stage 1 knew it
+    row: str  # its stage 1: sft, rctp, mixed (no reward token) or placebo
+    # Flags of stage 2; "own": stage 1 again, on the rollouts of the arm; None: no stage 2.
+    flags: str | None = None
+    reward_token: str | None = "high"  # reward token of the evaluation: high if stage 1 used it
 
 
 PRIMARY = ("RCTP-FT + RC-GRPO", "RCTP-FT + GRPO, always high")
-ARMS = {"SFT": Arm("sft", token=None),
-        "SFT + GRPO": Arm("sft", "--reward_tokens none", None),
-        "SFT + RC-GRPO": Arm("sft", "", None),
-        "mixed, no token": Arm("mixed", token=None),
-        "mixed, no token + GRPO": Arm("mixed", "--reward_tokens none", None),
-        "placebo": Arm("placebo"),
-        "placebo + RC-GRPO": Arm("placebo", ""),
-        "RCTP-FT": Arm("rctp"),
-        "RCTP-FT + GRPO, always high": Arm("rctp", "--reward_tokens high"),
-        "RCTP-FT + RC-GRPO": Arm("rctp", ""),
-        "RCTP-FT + RC-GRPO, within reward token": Arm("rctp", "--advantage within_reward_token"),
-        "RCTP-FT + always high, sign": Arm("rctp", "--reward_tokens high --advantage sign"),
-        "RCTP-FT + always high, virtual success": Arm("rctp", "--reward_tokens high --advantage virtual_success"),
-        "RCTP-FT + always high, dynamic sampling": Arm("rctp", "--reward_tokens high --dynamic_sampling 3"),
-        "RCTP-FT, again on own rollouts": Arm("rctp", "own")}
+ARMS = {
+    "SFT": Arm("sft", None, None),
+    "SFT + GRPO": Arm("sft", "--reward_tokens none", None),
+    "SFT + RC-GRPO": Arm("sft", "", None),
+    "mixed, no token": Arm("mixed", None, None),
+    "mixed, no token + GRPO": Arm("mixed", "--reward_tokens none", None),
+    "placebo": Arm("placebo"),
+    "placebo + RC-GRPO": Arm("placebo", ""),
+    "RCTP-FT": Arm("rctp"),
+    "RCTP-FT + GRPO, always high": Arm("rctp", "--reward_tokens high"),
+    "RCTP-FT + RC-GRPO": Arm("rctp", ""),
+    "RCTP-FT + RC-GRPO, within reward token": Arm(
+        "rctp", "--advantage within_reward_token"),
+    "RCTP-FT + always high, sign": Arm(
+        "rctp", "--reward_tokens high --advantage sign"),
+    "RCTP-FT + always high, virtual success": Arm(
+        "rctp", "--reward_tokens high --advantage virtual_success"),
+    "RCTP-FT + always high, dynamic sampling": Arm(
+        "rctp", "--reward_tokens high --dynamic_sampling 3"),
+    "RCTP-FT, again on own rollouts": Arm("rctp", "own"),
+}
+STAGE2_ARMS = [arm for arm in ARMS if ARMS[arm].flags is not None]
 
 
 def make_tasks(part, count):
@@ -329,49 +422,80 @@ def file_of(folder, arm, seed, lr):
 
 
 def play(job):
-    """One row of one seed: stage 1, then those of its arms whose JSON is not there yet.
-    job: (row, seed, [(arm, lr)], the folder of the JSON: `test`, or another, for validation tasks alone)."""
+    """Run one row of one seed: stage 1, then those of its arms whose JSON is missing.
+
+    Args:
+        job: (row, seed, [(arm, lr)], the folder of the JSON: `test`, or another one, for validation tasks
+            alone).
+    """
     row, seed, arms, folder = job
-    todo = [(arm, lr) for arm, lr in arms if not file_of(folder, arm, seed, lr).exists()]
-    if not todo:
+    missing = [(arm, lr) for arm, lr in arms if not file_of(folder, arm, seed, lr).exists()]
+    if not missing:
         return
-    distributed, commit = play.distributed, subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE.parent, text=True,
-                                               capture_output=True).stdout.strip()
-    tasks, val = make_tasks("train", TRAIN), make_tasks("val", HELD_OUT)
-    test = make_tasks("held-out", HELD_OUT)
+    git = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(git, cwd=HERE.parent, text=True, capture_output=True).stdout.strip()
+    tasks = make_tasks("train", TRAIN)
+    val = make_tasks("val", HELD_OUT)
     first = sampler.load_policy(str(HERE / "base"), torch.float32, "cpu")
-    fit(first, stage1_pairs(first, row, tasks, seed), STAGE1, STAGE1_LR, seed, distributed)
-    for arm, lr in todo:
-        began, policy, log = time.monotonic(), replace(first, model=copy.deepcopy(first.model)), []
-        flags, token = ARMS[arm].flags, ARMS[arm].token
+    pairs = stage1_pairs(first, row, tasks, seed)
+    fit(first, pairs, STAGE1, STAGE1_LR, seed, play.distributed)
+    for arm, lr in missing:
+        began = time.monotonic()
+        policy = replace(first, model=copy.deepcopy(first.model))
+        flags = ARMS[arm].flags
+        reward_token = ARMS[arm].reward_token
+
+        def validate():
+            return success(policy, val, reward_token, 1)
+
+        log = []
+        validation = [[0, validate()]]
         if flags == "own":
-            fit(policy, own_pairs(policy, tasks, seed), STAGE1, lr, seed, distributed)
+            fit(policy, own_pairs(policy, tasks, seed), STAGE1, lr, seed, play.distributed)
         elif flags is not None:
-            log = reinforce(policy, tasks, flags, lr, seed, distributed, lambda: success(policy, val, token, 1))
-        found = {"arm": arm, "seed": seed, "lr": lr, "updates": len(log), "commit": commit,
-                 "validation": [[0, success(first, val, token, 1)]] + [
-                     [line["rollouts"], line.pop("validation")] for line in log if "validation" in line]}
-        if folder != "test":
-            found["success"] = success(policy, val, token, 2)
-        else:
+            log = reinforce(policy, tasks, flags, lr, seed, play.distributed, validate)
+        for line in log:
+            if "validation" in line:
+                validation.append([line["rollouts"], line.pop("validation")])
+        found = {
+            "arm": arm,
+            "seed": seed,
+            "lr": lr,
+            "updates": len(log),
+            "commit": commit,
+            "validation": validation,
+        }
+        if folder == "test":
+            test = make_tasks("held-out", HELD_OUT)
             by_reward_token = {str(t or "none"): success(policy, test, t, 2) for t in ("high", "low", None)}
-            found |= {"success": by_reward_token[token or "none"], "by_reward_token": by_reward_token, "log": log}
+            found["success"] = by_reward_token[reward_token or "none"]
+            found["by_reward_token"] = by_reward_token
+            found["log"] = log
+        else:
+            found["success"] = success(policy, val, reward_token, 2)
         found["minutes"] = round((time.monotonic() - began) / 60, 2)
         sft.atomic_write(file_of(folder, arm, seed, lr), json.dumps(found))
 
 
 def start_worker():
     torch.set_num_threads(1)
-    sys.stderr = open(os.devnull, "w")  # progress bars
+    sys.stderr = open(os.devnull, "w")  # hides progress bars
     play.distributed = sft.init_distributed()
 
 
 def run(seeds, rates, folder):
-    """All that is missing, two processes at a time. rates: {arm: learning rates of stage 2}."""
+    """Run everything that is missing, in two processes.
+
+    Args:
+        rates: {arm: learning rates of stage 2}.
+    """
     jobs = []
     for seed in seeds:
         for row in ("rctp", "sft", "mixed", "placebo"):
-            arms = [(arm, lr) for arm in ARMS if ARMS[arm].row == row for lr in rates[arm]]
+            arms = []
+            for arm in ARMS:
+                if ARMS[arm].row == row:
+                    arms += [(arm, lr) for lr in rates[arm]]
             jobs.append((row, seed, arms, folder))
     with multiprocessing.get_context("spawn").Pool(2, start_worker) as pool:
         for n, _ in enumerate(pool.imap(play, jobs), 1):
@@ -379,7 +503,7 @@ def run(seeds, rates, folder):
 
 
 def read(folder):
-    """{arm: [what its runs wrote, by seed]}"""
+    """Return {arm: [the JSON of its runs, by seed]}."""
     found = {}
     for path in sorted((HERE / folder).glob("*.json")):
         one = json.loads(path.read_text())
@@ -388,9 +512,10 @@ def read(folder):
 
 
 def tuned():
-    """{arm: the learning rate with the best mean on validation tasks}; an arm without stage 2 has none."""
-    rates, found = dict.fromkeys(ARMS, 0.0), read("tuning")
-    for arm in [arm for arm in ARMS if ARMS[arm].flags is not None]:
+    """Return {arm: the learning rate with the best mean on validation tasks}, 0.0 without stage 2."""
+    rates = dict.fromkeys(ARMS, 0.0)
+    found = read("tuning")
+    for arm in STAGE2_ARMS:
         runs = found.get(arm, [])
         if len(runs) < len(GRID) * len(TUNING_SEEDS):
             raise SystemExit(f"{arm} is not tuned yet: python results/world.py tune")
@@ -400,78 +525,131 @@ def tuned():
 
 
 # ---- Table and picture -------------------------------------------------------------------------------------
-# 97.5 % quantile of Student's t for 2 to 10 seeds: the seed is the unit, not the rollout.
+# 97.5 % quantile of Student's t for 2 to 10 seeds: the unit is the seed, not the rollout.
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 def interval(values) -> tuple[float, float]:
-    """Mean over seeds [n] and half the width of its 95 % interval."""
+    """Return the mean over seeds [n] and half the width of its 95 % interval."""
     n = len(values)
     return float(np.mean(values)), STUDENT[n] * float(np.std(values, ddof=1)) / math.sqrt(n)
 
 
-def paired(runs, arm, other, what="success"):
-    """What the arm has more than the other, in the seeds that both have."""
-    theirs = {one["seed"]: one[what] for one in runs[other]}
-    return [one[what] - theirs[one["seed"]] for one in runs[arm] if one["seed"] in theirs]
+def gain(runs, arm, other) -> tuple[float, float]:
+    """Return by how many points an arm exceeds another in success, over the seeds that both have.
+
+    Returns:
+        The mean and half the width of its 95 % interval.
+    """
+    success_of = {one["seed"]: one["success"] for one in runs[other]}
+    pairs = [(one["success"], success_of[one["seed"]]) for one in runs[arm] if one["seed"] in success_of]
+    mean, half = interval([a - b for a, b in pairs])
+    return 100 * mean, 100 * half
+
+
+def mean_of(lines, name):
+    return np.mean([line[name] for line in lines])
+
+
+def stage2_cells(arm, runs) -> list[str]:
+    """Return the cells of the table about stage 2.
+
+    Figures are means of the first and of the last five updates, or of all.
+    """
+    logs = [one["log"] for one in runs]
+    if not any(logs):
+        return [""] * 5
+    first = [line for log in logs for line in log[:5]]
+    last = [line for log in logs for line in log[-5:]]
+    lines = [line for log in logs for line in log]
+    mode_gap = ""  # only for training rollouts under both reward tokens; some groups have only one
+    if ARMS[arm].flags in ("", "--advantage within_reward_token"):
+        mode_gap = f"{mean_of(first, 'rc/mode_gap'):.2f} → {mean_of(last, 'rc/mode_gap'):.2f}"
+    zero_std = "frac_reward_zero_std"
+    within = mean_of(lines, "rc/var_within_tokens")
+    between = mean_of(lines, "rc/var_between_tokens")
+    return [
+        mode_gap,
+        f"{mean_of(first, zero_std):.2f} → {mean_of(last, zero_std):.2f}",
+        f"{within:.3f} + {between:.3f}",
+        f"{mean_of(lines, 'grad_norm'):.2f}",
+        f"{mean_of(runs, 'updates'):.1f}",
+    ]
 
 
 def table(runs) -> str:
-    """Markdown. Of logged figures: the mean of the first and of the last five updates, or of all."""
-    lines = ["| arm | lr | success | against always high | under high, low | mode gap | dead groups "
-             "| variance within + between | grad norm | updates |", "|" + "---|" * 10]
-    for arm in [arm for arm in ARMS if arm in runs]:
+    """Return the arms as a table in Markdown."""
+    lines = [
+        "| arm | lr | success | against always high | under high, low | mode gap | dead groups "
+        "| variance within + between | grad norm | updates |",
+        "|" + "---|" * 10,
+    ]
+    for arm in ARMS:
+        if arm not in runs:
+            continue
         some = runs[arm]
         mean, half = interval([one["success"] for one in some])
-        cells = [arm, f"{some[0]['lr']:g}", f"{100 * mean:.1f} ± {100 * half:.1f}"]
-        gain, half = interval(paired(runs, arm, PRIMARY[1]))
-        mark = "**primary** " if arm == PRIMARY[0] else ""
-        cells.append("" if arm == PRIMARY[1] else f"{mark}{100 * gain:+.1f} ± {100 * half:.1f}")
-        cells.append(", ".join(f"{100 * np.mean([one['by_reward_token'][token] for one in some]):.1f}"
-                               for token in ("high", "low")))
-        logs = [one["log"] for one in some]
-
-        def logged(name, part):
-            return np.mean([line[name] for log in logs for line in log[part]])
-        if any(logs):
-            first, last, whole = slice(5), slice(-5, None), slice(None)
-            dead = "frac_reward_zero_std"
-            gap = ""  # of the training rollouts; some groups have only one token
-            if ARMS[arm].flags in ("", "--advantage within_reward_token"):
-                gap = " → ".join(f"{logged('rc/mode_gap', part):.2f}" for part in (first, last))
-            within, between = (logged(f"rc/var_{part}_tokens", whole) for part in ("within", "between"))
-            cells += [gap, f"{logged(dead, first):.2f} → {logged(dead, last):.2f}",
-                      f"{within:.3f} + {between:.3f}",
-                      f"{logged('grad_norm', whole):.2f}", f"{np.mean([one['updates'] for one in some]):.1f}"]
-        else:
-            cells += [""] * 5
+        difference = ""
+        if arm != PRIMARY[1]:
+            mark = "**primary** " if arm == PRIMARY[0] else ""
+            difference = mark + "{:+.1f} ± {:.1f}".format(*gain(runs, arm, PRIMARY[1]))
+        by_reward_token = [one["by_reward_token"] for one in some]
+        high = 100 * mean_of(by_reward_token, "high")
+        low = 100 * mean_of(by_reward_token, "low")
+        cells = [
+            arm,
+            f"{some[0]['lr']:g}",
+            f"{100 * mean:.1f} ± {100 * half:.1f}",
+            difference,
+            f"{high:.1f}, {low:.1f}",
+            *stage2_cells(arm, some),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-COLOURS = {"sft": "tab:grey", "mixed": "tab:olive", "placebo": "tab:pink", "rctp": "tab:blue"}  # of rows
+# Colours of the rows.
+COLOURS = {"sft": "tab:grey", "mixed": "tab:olive", "placebo": "tab:pink", "rctp": "tab:blue"}
 
 
 def draw(runs):
+    """Draw world.png.
+
+    Left: success on validation tasks over the rollouts of stage 2, for the arms that begin with RCTP-FT.
+    Right: success on test tasks, the mean of every arm with its interval, and its seeds as dots.
+    """
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    for arm in [arm for arm in ARMS if ARMS[arm].row == "rctp" and arm in runs and runs[arm][0]["log"]]:
+    for arm in ARMS:
+        if ARMS[arm].row != "rctp" or arm not in runs or not runs[arm][0]["log"]:
+            continue
         x = np.arange(5) * ROLLOUTS / 4
-        # With resampling a step may pass such a point: what lies there is read between its neighbours.
-        curves = [np.interp(x, *zip(*one["validation"])) for one in runs[arm]]  # [seeds][5]
+        curves = []  # [seeds][5]
+        for one in runs[arm]:
+            rollouts, values = zip(*one["validation"])
+            # With dynamic sampling a step may pass such a point: its value is interpolated.
+            curves.append(np.interp(x, rollouts, values))
         mean, half = np.transpose([interval(values) for values in np.transpose(curves)])  # [5] each
         [line] = left.plot(x, mean, label=arm)
         left.fill_between(x, mean - half, mean + half, alpha=0.12, color=line.get_color())
     left.set_xlabel("rollouts")
     left.set_ylabel("success on validation tasks, high token")
     left.legend(fontsize=8)
+
     bars = [arm for arm in reversed(ARMS) if arm in runs]
     for n, arm in enumerate(bars):
-        mean, half = interval([one["success"] for one in runs[arm]])
-        right.barh(n, mean, xerr=half, color=COLOURS[ARMS[arm].row], alpha=0.8 if arm in PRIMARY else 0.5,
-                   ecolor="black", capsize=2)
         seeds = [one["success"] for one in runs[arm]]
+        mean, half = interval(seeds)
+        right.barh(
+            n,
+            mean,
+            xerr=half,
+            color=COLOURS[ARMS[arm].row],
+            alpha=0.8 if arm in PRIMARY else 0.5,
+            ecolor="black",
+            capsize=2)
         right.plot(seeds, [n] * len(seeds), "k.", markersize=3)
     right.set_yticks(range(len(bars)), bars, fontsize=8)
     right.set_xlabel(f"success on test tasks, {len(runs[PRIMARY[0]])} seeds, 95 % intervals over seeds")
@@ -479,40 +657,44 @@ def draw(runs):
 
 
 def report():
+    """Write world.md and world.png."""
     runs = read("test")
+    points, half = gain(runs, *PRIMARY)
     text = table(runs)
-    gain, half = interval(paired(runs, *PRIMARY))
-    text += (f"\n\nPrimary comparison, {PRIMARY[0]} minus {PRIMARY[1]}: {100 * gain:+.1f} points of test "
-             f"success, 95 % interval {100 * (gain - half):+.1f} to {100 * (gain + half):+.1f}, "
+    text += (f"\n\nPrimary comparison, {PRIMARY[0]} minus {PRIMARY[1]}: {points:+.1f} points of test "
+             f"success, 95 % interval {points - half:+.1f} to {points + half:+.1f}, "
              f"{len(runs[PRIMARY[0]])} seeds. All other comparisons are exploratory.\n")
     grid = read("grid")
-    for lr in sorted({one["lr"] for some in grid.values() for one in some}):
+    rates = {one["lr"] for some in grid.values() for one in some}
+    for lr in sorted(rates):
         some = {arm: [one for one in grid[arm] if one["lr"] == lr] for arm in PRIMARY}
-        gain, half = interval(paired(some, *PRIMARY))
-        text += f"On validation tasks, both at learning rate {lr:g}: {100 * gain:+.1f} ± {100 * half:.1f}.\n"
-    for arm, other in (("placebo + RC-GRPO", "mixed, no token + GRPO"), ("SFT + RC-GRPO", "SFT + GRPO")):
-        if not {arm, other} <= runs.keys():
-            continue
-        gain, half = interval(paired(runs, arm, other))
-        text += f"{arm} minus {other}: {100 * gain:+.1f} ± {100 * half:.1f}.\n"
-    commits = sorted({one["commit"][:12] for some in runs.values() for one in some})
-    text += f"Made by `python results/world.py run` at {', '.join(commits)}.\n"
+        points, half = gain(some, *PRIMARY)
+        text += f"On validation tasks, both at learning rate {lr:g}: {points:+.1f} ± {half:.1f}.\n"
+    others = {"placebo + RC-GRPO": "mixed, no token + GRPO", "SFT + RC-GRPO": "SFT + GRPO"}
+    for arm, other in others.items():
+        if arm in runs and other in runs:
+            points, half = gain(runs, arm, other)
+            text += f"{arm} minus {other}: {points:+.1f} ± {half:.1f}.\n"
+    commits = {one["commit"][:12] for some in runs.values() for one in some}
+    text += f"Made by `python results/world.py run` at {', '.join(sorted(commits))}.\n"
     HERE.with_suffix(".md").write_text(text)
     print(text)
     draw(runs)
 
 
 def main():
-    what = sys.argv[1] if len(sys.argv) > 1 else "report"
-    if what == "tune":
+    command = sys.argv[1] if len(sys.argv) > 1 else "report"
+    rates = {arm: () for arm in ARMS}
+    if command == "tune":
         if not (HERE / "base").exists():
             pretrain(sft.init_distributed())
-        rates = {arm: GRID if ARMS[arm].flags is not None else [] for arm in ARMS}
+        rates |= dict.fromkeys(STAGE2_ARMS, GRID)
         run(TUNING_SEEDS, rates, "tuning")
         return
-    if what == "grid":
-        run(SEEDS, {arm: (*GRID, 2 * GRID[-1]) if arm in PRIMARY else [] for arm in ARMS}, "grid")
-    if what == "run":
+    if command == "grid":
+        rates |= dict.fromkeys(PRIMARY, (*GRID, 2 * GRID[-1]))
+        run(SEEDS, rates, "grid")
+    if command == "run":
         run(SEEDS, {arm: [lr] for arm, lr in tuned().items()}, "test")
     report()
 
