@@ -6,7 +6,7 @@
     python bench.py step       # one step of stage 2, by phase
     python bench.py demo       # minutes that `make demo` will take on this machine
     python bench.py plan --model DIR --ranks 8 --tool_docs full    # memory and FLOPs of a run of stage 1
-    python bench.py plan --stage 2 --model DIR --ranks 8    # the same for stage 2; other flags as for the stage
+    python bench.py plan --stage 2 --model DIR --ranks 8    # of stage 2; other flags as for the stage
 """
 import argparse
 import contextlib

@@ -109,7 +109,8 @@ def finished(out, stem):
 
 
 # ---- Evaluate ----------------------------------------------------------------------------------------------
-IGNORED_ON_RESUME = ("ckpt", "out", "score", "compare", "show", "official_out")  # flags that change no result
+# Flags that may differ when an evaluation resumes; checkpoints are compared by their weights.
+IGNORED_ON_RESUME = ("ckpt", "out", "score", "compare", "show", "official_out")
 
 
 def evaluate(args):
@@ -596,8 +597,8 @@ def paired_differences(table, draws, tasks):
         table: the rows of the arms, as `compared` makes them.
         draws: [arms, draws] their bootstrapped means.
     """
-    # If the arms differ in a smaller share of all families than this floor, then in more than 20 % of such
-    # tests none of the sampled families shows it.
+    # NOTE: an effect in a smaller share of the families than this floor is missed by more than 20 % of such
+    # samples, since no sampled family shows it.
     floor = 1 - 0.2 ** (1 / len(set(families_of(tasks))))
     pairs = []
     for (i, a), (j, b) in itertools.combinations(enumerate(table), 2):

@@ -18,9 +18,9 @@ One step:
                     - beta KL(pi || pi_ref) ]                                                  (Eq. 8, 9)
 
 Choices where the paper is silent: the ratio rho is per token; the loss is averaged over the tokens of a
-rollout, then over rollouts; the batch counts rollouts. With one update per batch rho is 1 and clipping has no
-effect; from --update_epochs 2 on it has. --advantage and --dynamic_sampling implement other fixes for
-zero-std groups, so that they can be compared under equal conditions.
+rollout, then over rollouts; batch size is counted in rollouts. With one update per batch rho is 1 and
+clipping has no effect; from --update_epochs 2 on it has. --advantage and --dynamic_sampling implement other
+fixes for zero-std groups, so that they can be compared under equal conditions.
 
 Axes: S tasks, G rollouts per group, B rollouts, M loss positions of a pack.
 
@@ -67,7 +67,9 @@ def sample_reward_tokens(kind, group_size, p_high, rng):
 
 
 def group_advantages(rewards, reward_tokens=None, kind="group", eps=1e-6):
-    """Return the advantages of the rollouts of each group. Equal rewards give exactly 0.
+    """Return the advantages of the rollouts of each group.
+
+    A zero-std group gets exactly 0, except with `sign`; with `virtual_success` the virtual rollout counts.
 
     Args:
         rewards: [S, G].

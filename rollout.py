@@ -11,10 +11,10 @@ rendered once and appended with loss mask 0. The cache, with two prompts and thr
       slot 1     [reward token ... | message ..... padding ........]   row 1
     prefix B   [system message, tool docs, first user message]
       slot 2     [reward token ... | message | reply .. padding ..]    row 2
-                                                   ^ pos: its last id
+                                                   ^ pos: its newest id
 
 A prompt is cut just before its reward token, so that high and low rollouts of a task share the prefix. A row
-attends to [prefix | its slot] with one softmax; no prefix is ever copied. The steps of `rollout`:
+attends to [prefix | its slot] with one softmax; decoding copies no prefix. The steps of `rollout`:
 
     1. add_requests     split each prompt into prefix and row; size the cache
     2. admit            let queued rows join while the cache has space; compute each prefix once
@@ -81,7 +81,7 @@ DATE = "26 Jul 2024"  # for templates that print the current date: the one of th
 STAGE_INFO = "rcgrpo.json"  # metadata file beside the weights of a stage, see `StageInfo`
 PREFILL_TOKENS = 16_384  # most tokens per prefill forward, over all its rows: bounds activation memory
 DECODE_STEPS_PER_SYNC = {"cpu": 1, "cuda": 8}  # decode steps per synchronisation with the host
-TOLERANCE = 2  # log-prob gaps that are allowed, over those of rounding; correct layouts reach 1.5
+TOLERANCE = 2  # allowed log-prob gap, as a multiple of the gap that rounding makes; correct layouts reach 1.5
 
 
 # ---- Trajectories ------------------------------------------------------------------------------------------
@@ -98,8 +98,8 @@ class Trajectory:
     loss_mask: list[int]
     logprobs: list[float]
     reward: float
-    # Why it ended: done | force_quit | malformed | context | turn_tokens (--max_new_tokens) |
-    # total_tokens (--max_sampled_tokens)
+    # Why it ended: done | force_quit | malformed | context | turn_tokens (a message reached
+    # --max_new_tokens) | total_tokens (the rollout reached --max_sampled_tokens)
     reason: str
     verdict: dict
     steps: int = 0  # messages that were executed; one that a limit cut off is not
@@ -354,7 +354,7 @@ class Sampler:
             self.live.append(self.waiting.popleft())
 
     def _evict_prefixes(self, tokens):
-        """Free the prefixes of no live row if fewer than so many tokens are free.
+        """Evict all prefixes that no live row uses, if fewer than `tokens` are free.
 
         They stay cached until then, since queued rows may need them.
         """
@@ -397,7 +397,7 @@ class Sampler:
         """Run one or more decode steps for all live rows.
 
         Returns:
-            [steps][2][B]: the ids and log-probs that were sampled. Entries behind the end of a row's message
+            [steps][2][B]: the ids and log-probs that were sampled. Entries after the end of a row's message
             mean nothing.
 
         Raises:
@@ -598,7 +598,7 @@ class Decode:
     """One new token for each of B rows. Row b uses slot b of the cache."""
     row_kv: torch.Tensor  # [L, 2, slots, K, T, D]
     pos: torch.Tensor  # [B] position in the slot that each row writes
-    padding_mask: torch.Tensor  # [B, 1, 1, T] bool, True behind a row's position; T reaches the longest row
+    padding_mask: torch.Tensor  # [B, 1, 1, T] bool, True after a row's position; T reaches the longest row
     groups: list  # (Prefix, [b] indices of its rows)
 
     def attend(self, layer, q, k, v, scale):  # q [1, H, B, D]; k, v [1, K, B, D]
@@ -1016,9 +1016,9 @@ def token_logprobs(model, pack: Pack, banned, temperature=1.0, entropy=False, ch
     entropies = []
     states = hidden[pack.logits_indices]  # [M, hidden]
     for h, targets in zip(states.split(chunk), pack.targets.split(chunk)):
-        logp, spread = checkpoint(chunk_logprobs, h, targets, use_reentrant=False)
+        logp, chunk_entropies = checkpoint(chunk_logprobs, h, targets, use_reentrant=False)
         logps.append(logp)
-        entropies.append(spread)
+        entropies.append(chunk_entropies)
     if entropy:
         return torch.cat(logps), torch.cat(entropies)
     return torch.cat(logps)

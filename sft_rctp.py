@@ -15,7 +15,7 @@ the two to produce:
        L = -1/N * sum over the N assistant tokens of the update of log pi(a_t | h_t, r)
     5. write the model as a plain Hugging Face directory: the starting point and KL reference of stage 2
 
-Read the first three sections; the rest serves them and stage 2. Sections, in order:
+Read the first three sections and The update; the rest serves them and stage 2. Sections, in order:
 Gold calls and mistakes, Trajectories, Stage 1; Distributed set-up, Sharding, The update, Checkpoints,
 The training loop, Validation, The run directory, Flags.
 """
@@ -337,8 +337,8 @@ def pair_rollouts(trajectories: list[Trajectory], limit):
 def stage1_data(policy, tasks, make_env, args):
     """Return the training data of --arm, written or read from --rollouts.
 
-    Every arm has as many pairs, and makes as many updates of as many pairs. The sft arm keeps only the
-    success of each pair, and so has half as many trajectories.
+    All arms use the same pairs, updates and pairs per update. The sft arm keeps only the success of each
+    pair, and so has half as many trajectories.
 
     Returns:
         [success, failure] pairs with the reward tokens of --arm, and how many pairs (of --rollouts: rollouts)
@@ -409,9 +409,9 @@ def main():
                         "smaller --tool_docs")
     data = list(chain.from_iterable(pairs))
     digest = hashlib.sha256(str([t.ids for t in data]).encode()).hexdigest()
-    weights = checksum(policy.model) if distributed.is_main else None
-    weights = distributed.broadcast(weights)
-    check_and_record_settings(out, distributed, {"weights": weights, "data": digest, "compute": str(dtype)})
+    weights_sha256 = checksum(policy.model) if distributed.is_main else None
+    settings = {"weights": distributed.broadcast(weights_sha256), "data": digest, "compute": str(dtype)}
+    check_and_record_settings(out, distributed, settings)
     if val_tasks:
         val_tasks = filter_overlong(policy, val_tasks, make_env, args.max_len)
         # A full copy of the policy for sampling. Its memory is free between validations.
@@ -1172,7 +1172,7 @@ def add_training_flags(parser: argparse.ArgumentParser, out):
     add("--eval_limit", default=16, type=number(int, 1),
         help="number of validation tasks (default: %(default)s)")
     add("--tracker", default="none", choices=("none", "wandb"),
-        help="also log to Weights & Biases or TensorBoard, if installed (default: %(default)s)")
+        help="also log to Weights & Biases, if installed (default: %(default)s)")
 
 
 def parse_args(argv: list[str] | None = None):
