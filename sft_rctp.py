@@ -877,7 +877,7 @@ class TrainLoop:
                 if self.distributed.is_main:
                     plot_curves(self.out)
             if stop:
-                raise BfclError(f"stopped after step {step}, as asked: the same command goes on from there")
+                raise BfclError(f"stopped after step {step}, as asked: the same command continues from there")
         bar.close()
 
     def log(self, step, metrics):

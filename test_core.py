@@ -3840,7 +3840,7 @@ def interrupt(command, out, ways):
         output, _ = process.communicate(timeout=600)
         if way == "terminate":
             assert process.returncode == 1, output
-            assert "the same command goes on from there" in output
+            assert "the same command continues from there" in output
 
 
 @pytest.fixture(scope="module")

@@ -44,5 +44,6 @@ for axis, (title, group) in zip(axes, GROUPS.items()):
     axis.set_title(title, fontsize=10)
 axes[0].set_ylabel("advantage")
 axes[0].set_ylim(-1.6, 1.6)
+figure.suptitle("Illustration, not data", fontsize=9)
 axes[0].text(3.5, 0.4, "all advantages are 0: no gradient", ha="center", fontsize=9)
 figure.savefig(Path(__file__).with_suffix(".png"), dpi=110)
