@@ -28,6 +28,11 @@ An environment is any object with `messages()`, `step(text) -> StepResult` and `
 Axes: B live rows, N tokens of one forward, M loss positions, H query heads, K key/value heads, D head width,
 P tokens of a prefix, T tokens of a slot, V vocabulary, L layers.
 
+On CUDA only: eight decode steps per synchronisation with the host; a cache of 0.6 of the free memory; scores
+and the LM head as bf16 products with fp32 output; key heads repeated for attention in fp32; a repair of
+sampled ids, since a parallel cumsum need not be monotone. In sft_rctp.py: NCCL, pinned shards of the
+reference, 16,384 tokens per forward.
+
 Sections: trajectories; the sampler; attention; logits; packing for training; the policy; chat to token ids;
 transcripts; flags. Read the first five; the rest serves them.
 """
