@@ -523,7 +523,7 @@ def bench_step() -> dict:
             "protocol": "official",
             "stage1_reward_tokens": ["high", "low"],
             "reward_ids": policy.reward_ids,
-            "template_sha256": policy.chat.fingerprint,
+            "prompt_sha256": policy.chat.fingerprint,
         }
         with open(f"{folder}/model/{sampler.STAGE_INFO}", "w") as f:
             json.dump(info, f)

@@ -203,13 +203,15 @@ class PaperEnv(BfclEnv):
       - The verdict has the paper's reward only.
     """
 
+    ENDING = "\n\nComplete all the steps above, in order, then call done()."
+
     def _visible_docs(self):
         return [*self.task.docs, _DONE_DOC]
 
     def _first_user_text(self):
         texts = [text for text in self.task.turns if text is not None]
         steps = [f"Step {number}: {text}" for number, text in enumerate(texts, 1)]
-        return "\n".join(steps) + "\n\nComplete all the steps above, in order, then call done()."
+        return "\n".join(steps) + self.ENDING
 
     def _read_calls(self, text):
         calls, ends_turn = super()._read_calls(text)
@@ -839,18 +841,25 @@ def _list_tools(docs, tool_docs, call_format):
     return "\n".join(signature(doc) if as_signatures else json.dumps(_tool(doc, tool_docs)) for doc in docs)
 
 
+INSTRUCTIONS = """\
+You help a user by calling functions. Reply with a list of calls and no other text:
+[first_function(param=value), second_function(param=value)]
+Write all arguments as keywords with literal values. You will see the results and can call again. \
+When the user's request is done, or something needed is missing, reply in plain words.
+
+Functions:
+"""
+# Our own sentences in the prompts. A checkpoint is saved with their hash, since it was trained on them.
+PROMPT_TEXTS = (INSTRUCTIONS, PaperEnv.ENDING)
+
+
 def _system_text(docs, tool_docs):
     """Return the system message of the python format.
 
     With tool_docs="full" it is the leaderboard's, built from the package's templates.
     """
     if tool_docs != "full":
-        return (
-            "You help a user by calling functions. Reply with a list of calls and no other text:\n"
-            "[first_function(param=value), second_function(param=value)]\n"
-            "Write all arguments as keywords with literal values. You will see the results and can call "
-            "again. When the user's message is dealt with, or something needed is missing, reply in plain "
-            "words.\n\nFunctions:\n" + _list_tools(docs, tool_docs, "python"))
+        return INSTRUCTIONS + _list_tools(docs, tool_docs, "python")
     official = _constants("default_prompts")
     parts = dict(official.PROMPT_STYLE_TEMPLATES["classic"])
     parts["tool_call_format"] = parts["tool_call_no_tag"].format(

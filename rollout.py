@@ -1048,7 +1048,7 @@ class StageInfo:
     thinking: str | None = None  # argument of `Chat`: on or off
     date: str | None = None  # argument of `Chat`: the date that the template prints
     reward_ids: dict | None = None
-    template_sha256: str | None = None
+    prompt_sha256: str | None = None  # `Chat.fingerprint`
     # The remaining fields belong to stage 2.
     reward_tokens: str | None = None  # mixed, high, low or none
     advantage: str | None = None
@@ -1225,9 +1225,9 @@ def make_policy(name, model, tokenizer, thinking=None, check=True) -> Policy:
     chat = Chat(tokenizer, thinking, stage_info.date or DATE, ends)
     reward_ids = {kind: tokenizer.convert_tokens_to_ids(text) for kind, text in REWARD_TOKENS.items()}
     if stage_info.stage:
-        trained_with = (stage_info.reward_ids, stage_info.template_sha256)
+        trained_with = (stage_info.reward_ids, stage_info.prompt_sha256)
         if trained_with != (reward_ids, chat.fingerprint):
-            raise BfclError(f"{name}: its tokenizer or chat template is not the one that it was trained with")
+            raise BfclError(f"{name}: it was trained with another tokenizer, chat template or system message")
     # Never sampled: the reward tokens, and rows of the vocabulary without a token.
     allowed = set(tokenizer.get_vocab().values()) - set(reward_ids.values())
     banned = torch.ones(model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
@@ -1533,8 +1533,9 @@ class Chat:
         self.tokenizer = tokenizer
         self.thinking = thinking
         self.date = date
-        # Saved with a checkpoint, since another template would render other prompts than those trained on.
-        self.fingerprint = hashlib.sha256(template.encode()).hexdigest()
+        # Saved with a checkpoint, since another template or system message makes other prompts.
+        prompt_texts = [template, *bfcl_env.PROMPT_TEXTS]
+        self.fingerprint = hashlib.sha256(json.dumps(prompt_texts).encode()).hexdigest()
         self.template = _pin_date(template, date)
         self.added = {}  # {text: id} of the control tokens
         for text, token_id in tokenizer.get_added_vocab().items():
@@ -1804,7 +1805,7 @@ def describe(policy: Policy, env):
     prompt = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     return f"""architecture       {policy.model.config.model_type}, {policy.model.dtype}
 context            {policy.max_len} tokens
-chat template      sha256 {chat.fingerprint[:12]}, today is {chat.date}, thinking {chat.thinking}
+prompt texts       sha256 {chat.fingerprint[:12]}, today is {chat.date}, thinking {chat.thinking}
 call format        {env.call_format} ({chat.call_format_reason})
 ends of a message  {stops} {stop_ids}
 vocabulary         {len(tokenizer)} tokens in {rows} rows, {rows - len(tokenizer)} of them padding

@@ -480,7 +480,7 @@ def stage1_info(policy, data, call_format, args):
         stage1_reward_tokens=sorted({t.reward_token or "none" for t in data}),
         tasks=sorted({t.task for t in data}),
         reward_ids=policy.reward_ids,
-        template_sha256=policy.chat.fingerprint,
+        prompt_sha256=policy.chat.fingerprint,
         thinking=policy.chat.thinking,
         date=policy.chat.date)
 

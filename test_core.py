@@ -3538,6 +3538,36 @@ def test_a_reward_token_is_one_id(checkpoints, stage):
     assert c.model.config.vocab_size >= len(c.tokenizer)
 
 
+@pytest.mark.parametrize("env_class", [bfcl_env.BfclEnv, bfcl_env.PaperEnv])
+def test_our_sentences_in_a_prompt_are_known_to_the_hash(env_class):
+    """A sentence that is changed at one place only would leave the hash as it was."""
+    system, user = env_class(TASKS[0], "slim").messages()
+
+    assert system["content"].startswith(bfcl_env.PROMPT_TEXTS[0])
+    assert user["content"].endswith(bfcl_env.PROMPT_TEXTS[1]) == (env_class is bfcl_env.PaperEnv)
+
+
+@pytest.mark.parametrize("number", range(len(bfcl_env.PROMPT_TEXTS)))
+def test_a_stage1_with_other_prompts_is_refused(pipeline, monkeypatch, number):
+    """Stage 2 would continue a stage 1 of an older version with prompts that it has never seen."""
+    texts = list(bfcl_env.PROMPT_TEXTS)
+    texts[number] += " Be brief."
+    monkeypatch.setattr(bfcl_env, "PROMPT_TEXTS", texts)
+
+    with pytest.raises(BfclError, match="chat template or system message"):
+        load_policy(str(pipeline.out / "sft/model"), torch.float32)
+
+
+def test_a_stage1_with_another_chat_template_is_refused(pipeline, tmp_path):
+    """A template of another release of the same model makes other prompts."""
+    shutil.copytree(pipeline.out / "sft/model", tmp_path / "model")
+    template = tmp_path / "model/chat_template.jinja"
+    template.write_text(template.read_text() + "{# changed #}")
+
+    with pytest.raises(BfclError, match="chat template or system message"):
+        load_policy(str(tmp_path / "model"), torch.float32)
+
+
 @each_stage
 def test_transformers_reads_the_weights_that_we_read(checkpoints, stage):
     """Other engines read a checkpoint with transformers: it must hold the weights that were trained."""
