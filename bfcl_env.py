@@ -279,7 +279,7 @@ class Episode:
         return results
 
     def run(self, calls) -> list[str]:
-        """Execute calls like `execute`, but record neither a step nor the results that gold calls return."""
+        """Execute calls like `execute`, but without counting them as a step of the conversation."""
         self.budget = Budget()
         uses_precision = "MathAPI" in self.instances
         with _restored_precision() if uses_precision else contextlib.nullcontext():

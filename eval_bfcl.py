@@ -597,8 +597,8 @@ def paired_differences(table, draws, tasks):
         table: the rows of the arms, as `compared` makes them.
         draws: [arms, draws] their bootstrapped means.
     """
-    # NOTE: an effect in a smaller share of the families than this floor is missed by more than 20 % of such
-    # samples, since no sampled family shows it.
+    # NOTE: an effect in less than this share of the families is absent from more than 20 % of samples of this
+    # size.
     floor = 1 - 0.2 ** (1 / len(set(families_of(tasks))))
     pairs = []
     for (i, a), (j, b) in itertools.combinations(enumerate(table), 2):

@@ -25,7 +25,7 @@ fixes for zero-std groups, so that they can be compared under equal conditions.
 Axes: S tasks, G rollouts per group, B rollouts, M loss positions of a pack.
 
 Sections: the maths; stage 2 (`main`, the update, the loss); groups; metrics, and rollouts on disk; flags.
-Read the first two; the rest serves them.
+Read the first three; the rest serves them.
 """
 import math
 import random
@@ -69,7 +69,8 @@ def sample_reward_tokens(kind, group_size, p_high, rng):
 def group_advantages(rewards, reward_tokens=None, kind="group", eps=1e-6):
     """Return the advantages of the rollouts of each group.
 
-    A zero-std group gets exactly 0, except with `sign`; with `virtual_success` the virtual rollout counts.
+    A group of equal rewards gets exactly 0, with two exceptions: `sign` has no baseline, and with
+    `virtual_success` a group of failures differs from its virtual rollout.
 
     Args:
         rewards: [S, G].
@@ -120,9 +121,9 @@ def group_advantages(rewards, reward_tokens=None, kind="group", eps=1e-6):
 def variance_parts(rewards, reward_tokens):
     """Split the mean within-group variance of rewards [S, G] by the law of total variance.
 
-    The part BETWEEN reward tokens is the one that Prop. 4.3 bounds and that drawing tokens adds. By itself it
-    does not improve the high mode: for a fixed token, a baseline that does not depend on the action adds
-    nothing to the expected gradient.
+    The part BETWEEN reward tokens is that of their mean rewards. Drawing tokens adds it, and Prop. 4.3 bounds
+    it. By itself it does not improve the high mode: for a fixed token the group mean is only a baseline, and
+    a baseline does not change the expected gradient.
 
     Args:
         reward_tokens: [S, G], 1 for high.
@@ -149,8 +150,8 @@ def main():
     out = begin_run(args, distributed)
     dtype = compute_dtype(args.dtype, distributed.device)
 
-    # Two models. `sampler_policy` is one full copy in the compute dtype: it samples, then has the weights of
-    # the reference, and is freed before the backward pass. `trainer_policy` is sharded, in fp32.
+    # Two models. `trainer_policy` is sharded, in fp32. `sampler_policy` is one full copy in the compute dtype
+    # with the policy's weights during the rollouts, the reference's for ref_logp, and none during the update.
     sampler_policy = load_policy(
         args.model, dtype, distributed.device, weights=False, thinking=args.thinking)
     call_format = sampler_policy.call_format(args.call_format)
@@ -449,8 +450,8 @@ def save_rollouts(out, step, groups: list[Group], tokenizer):
 
 
 # ---- Flags -------------------------------------------------------------------------------------------------
-# The hyper-parameters of the paper's appendix, and of third-party notes on it. Both use about 256 rollouts
-# per step (the notes give no number). The appendix has 64 for its GRPO baseline: --prompts_per_step 13.
+# The hyper-parameters of the paper's appendix (52 tasks x 5 = 260 rollouts; its GRPO baseline has 64, with
+# --prompts_per_step 13), and of third-party notes on it (64 x 4 = 256).
 PRESETS = {"appendix": dict(lr=1e-6, beta=0.1, group_size=5, prompts_per_step=52),
            "notes": dict(lr=1e-5, beta=0.05, group_size=4, prompts_per_step=64)}
 

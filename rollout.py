@@ -11,10 +11,11 @@ rendered once and appended with loss mask 0. The cache, with two prompts and thr
       slot 1     [reward token ... | message ..... padding ........]   row 1
     prefix B   [system message, tool docs, first user message]
       slot 2     [reward token ... | message | reply .. padding ..]    row 2
-                                                   ^ pos: its newest id
+                                                   ^ pos of row 2: its newest id
 
-A prompt is cut just before its reward token, so that high and low rollouts of a task share the prefix. A row
-attends to [prefix | its slot] with one softmax; decoding copies no prefix. The steps of `rollout`:
+A prompt is cut just before its reward token (without one, before its last id), so that high and low rollouts
+of a task share the prefix. Slots are padded to the longest. A row attends to [prefix | its slot] with one
+softmax; decoding copies no prefix. The steps of `rollout`:
 
     1. add_requests     split each prompt into prefix and row; size the cache
     2. admit            let queued rows join while the cache has space; compute each prefix once
@@ -94,8 +95,9 @@ TOLERANCE = 2  # allowed log-prob gap, as a multiple of the gap that rounding ma
 class Trajectory:
     """One finished conversation.
 
-    `ids`, `loss_mask` and `logprobs` have the same length. loss_mask 1 marks sampled tokens, whose sampling
-    log-probs are in `logprobs` (0.0 elsewhere); all other tokens come from the template or the environment.
+    `ids`, `loss_mask` and `logprobs` have the same length. loss_mask 1 marks the tokens of the model's
+    messages; all others come from the template or the environment. `logprobs` has the sampler's log-probs of
+    sampled tokens, and 0.0 elsewhere, also for the scripted messages of stage 1.
     """
     task: str
     reward_token: str | None
@@ -161,8 +163,8 @@ def rollout(
     Args:
         envs: environments, one per rollout.
         reward_tokens: "high", "low" or None for each.
-        keys: fixes the random numbers of each rollout, such as (seed, step, task id, 0, rollout): in fp32 a
-            rollout does not depend on the rest of the batch.
+        keys: one per rollout. Equal keys give equal random numbers, so that in fp32 a rollout does not depend
+            on the rest of the batch. Training uses (seed, step, task id, repetition, rollout).
         reward: the kind that `env.verdict().reward(kind)` is asked for.
         progress: title of a progress bar.
         on_end: called as on_end(index, trajectory) when a rollout has ended.
@@ -231,7 +233,7 @@ class _Row:
         self.loss_mask.append(1)
         self.logprobs.append(logprob)
         self.pending = [token_id]
-        self.cached += 1
+        self.cached += 1  # the decode step that sampled this id has cached the one before it
         self.message_tokens += 1
         self.sampled_tokens += 1
 
@@ -361,7 +363,7 @@ class Sampler:
     def _evict_prefixes(self, tokens):
         """Evict all prefixes that no live row uses, if fewer than `tokens` are free.
 
-        They stay cached until then, since queued rows may need them.
+        Until space is needed, unused prefixes stay cached for queued rows.
         """
         if self.free_prefix_tokens >= tokens:
             return
@@ -902,8 +904,9 @@ class Pack:
 def pack(trajectories: list[Trajectory], budget=8192, device="cpu") -> list[Pack]:
     """Put trajectories that share a prefix into packs of at most `budget` tokens, each prefix counted once.
 
-    Greedy over trajectories sorted by ids, so that those with a common start are neighbours: one joins the
-    open pack if that saves tokens. Trajectories without sampled tokens carry no loss and are dropped.
+    Trajectories are sorted by ids, so that those with a common start are neighbours, and then taken in turn:
+    each joins the open pack if that needs fewer tokens than a new one. Trajectories without sampled tokens
+    carry no loss and are dropped.
 
     Raises:
         BfclError: for a trajectory that is longer than the budget.
@@ -922,7 +925,7 @@ def pack(trajectories: list[Trajectory], budget=8192, device="cpu") -> list[Pack
         if members:
             shared = common_prefix(_prompt(trajectories[members[0]]), _prompt(t))
             shared = min(prefix, shared)
-            lost = (len(members) - 1) * (prefix - shared)  # extra tokens if the shared prefix shrinks
+            lost = (len(members) - 1) * (prefix - shared)  # ids cut from the prefix, now in each branch
             joined = size + lost + len(t.ids) - shared
             if joined <= budget and joined < size + len(t.ids):
                 members.append(i)
@@ -1186,7 +1189,7 @@ def load_policy(name_or_dir, dtype: torch.dtype | None = None, device=None, weig
     except Exception as error:  # the code of a tokenizer or model can raise anything
         reason = str(error).strip().partition("\n")[0]
         raise BfclError(f"{name_or_dir} cannot be loaded: {reason}") from error
-    # On Hopper torch prefers cuDNN attention, which re-plans for every new sequence length (0.03 to 1 s).
+    # On Hopper torch prefers cuDNN attention, which users report to re-plan for every new sequence length.
     torch.backends.cuda.enable_cudnn_sdp(False)
     # NOTE: `.to(device, dtype)` would round the frequencies of the rotary embedding, which must stay fp32.
     return make_policy(name_or_dir, model.to(device), tokenizer, thinking, check=weights)
@@ -1387,9 +1390,8 @@ def add_reward_tokens(model, tokenizer):
     """Add the two reward tokens to the vocabulary, one id each, unless it has them already.
 
     They start on opposite sides of the mean embedding, in a fixed random direction, half as far from it as
-    other tokens. With the same start for both, a model told them apart in none of four tasks after 48
-    updates; with starts moved towards the words "high" and "low", in one or two after 40; with this start, in
-    all three tasks of the demo.
+    other tokens. With this start a model told them apart in all three tasks of the demo; with the same start
+    for both, in none of four tasks.
     """
     if REWARD_TOKENS["high"] in tokenizer.get_added_vocab():
         return

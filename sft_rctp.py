@@ -15,7 +15,7 @@ the two to produce:
        L = -1/N * sum over the N assistant tokens of the update of log pi(a_t | h_t, r)
     5. write the model as a plain Hugging Face directory: the starting point and KL reference of stage 2
 
-Read the first three sections and The update; the rest serves them and stage 2. Sections, in order:
+Read Stage 1, Sharding and The update; the rest serves them and stage 2. Sections, in order:
 Gold calls and mistakes, Trajectories, Stage 1; Distributed set-up, Sharding, The update, Checkpoints,
 The training loop, Validation, The run directory, Flags.
 """
@@ -341,8 +341,8 @@ def stage1_data(policy, tasks, make_env, args):
     pair, and so has half as many trajectories.
 
     Returns:
-        [success, failure] pairs with the reward tokens of --arm, and how many pairs (of --rollouts: rollouts)
-        are left out because they are too long."""
+        [success, failure] pairs with the reward tokens of --arm; and the number of pairs, with --rollouts of
+        single rollouts, that are left out because they are too long."""
     limit = min(args.max_len, policy.max_len, args.tokens_per_microbatch)  # tokens per trajectory
     rng = random.Random(f"{args.seed} tokens")
 
@@ -354,8 +354,8 @@ def stage1_data(policy, tasks, make_env, args):
         rng.shuffle(found)
         pairs, left_out = pair_rollouts(found, limit)
     else:
-        # The kind "guess" is possible only in tasks with an empty turn. They come last, so that their guesses
-        # catch up with the other kinds.
+        # The kind "guess" is possible only in tasks with an empty turn. They come last: "guess" is then the
+        # least used kind, which is tried first.
         order = sorted(tasks, key=lambda task: [] in task.gold)
         used = Counter()
         written = [make_pair(policy, task, make_env, args, used, reward_token_of)
@@ -628,7 +628,7 @@ def load_full_weights(target, model, shards=None):
 
     Args:
         shards: Return value of `offload_shards`. If given, these weights are loaded instead."""
-    torch.cuda.empty_cache()  # the blocks that an update leaves fit no full parameter
+    torch.cuda.empty_cache()  # the cached blocks of an update have other sizes than full parameters
     for p, (name, shard) in zip(target.parameters(), model.named_parameters(), strict=True):
         if shards:
             shard = torch.empty_like(shard, dtype=p.dtype)
@@ -663,8 +663,8 @@ def offload_shards(model, dtype):
 
 
 def free_weights(model):
-    """Free the memory of a full copy until the next `load_full_weights`, and the blocks that rollouts leave
-    in the CUDA cache, which fit no update."""
+    """Free the memory of a full copy until the next `load_full_weights`, and CUDA's cached blocks of the
+    rollouts, whose sizes an update cannot use."""
     for p in model.parameters():
         p.data = p.data.new_empty(0)
     torch.cuda.empty_cache()  # does nothing without a GPU
@@ -967,7 +967,8 @@ def validate(policy, tasks, reward_tokens, make_env, args, distributed):
 
 
 # ---- The run directory -------------------------------------------------------------------------------------
-# Flags that a resumed run may change: they change no weight, or name inputs that are compared by content.
+# Flags that a resumed run may change: --model and --rollouts are compared by content, the others do not
+# affect the training.
 IGNORED_ON_RESUME = ("out", "model", "rollouts", "save_every", "save_total_limit", "tracker")
 # The metrics on the console and in curves.png. Metric names follow TRL and verl; rc/ is this project's own.
 CONSOLE_METRICS = (
@@ -1056,7 +1057,7 @@ def check_and_record_settings(out, distributed, settings):
 
 
 def check_same_run(out, distributed, settings):
-    """Compare settings with those recorded in config.json, and new ones with rank 0's.
+    """Check that each setting equals the recorded one in config.json, or rank 0's if none is recorded.
 
     Raises:
         BfclError: On every rank, with the differences."""
