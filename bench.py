@@ -27,7 +27,7 @@ import time
 import bfcl_env
 
 if __name__ == "__main__":
-    bfcl_env.fix_hash_seed()
+    bfcl_env.start_process()
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -732,4 +732,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sampler.run_main(main)

