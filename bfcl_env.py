@@ -677,7 +677,7 @@ def installed(distribution, version, module):
 
 
 @functools.cache
-def _package():
+def package():
     return installed("bfcl-eval", VERSION, "bfcl_eval")
 
 
@@ -686,13 +686,13 @@ def _constants(module="executable_backend_config"):
 
     NOTE: `bfcl_eval.utils` must not be imported: the import makes directories.
     """
-    _package()  # raises BfclError if the package is absent
+    package()  # raises BfclError if the package is absent
     return importlib.import_module(f"bfcl_eval.constants.{module}")
 
 
 def _read_rows(path):
     """Return the JSON rows of a data file of the package."""
-    text = (_package() / "data" / path).read_text(encoding="utf-8")
+    text = (package() / "data" / path).read_text(encoding="utf-8")
     return [json.loads(row) for row in text.splitlines()]
 
 

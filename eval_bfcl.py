@@ -26,6 +26,8 @@ Sections; 1 to 3 are the evaluation, each of 4 to 6 is another mode:
     6. One transcript
     7. Flags and modes
 """
+import ast
+import functools
 import itertools
 import json
 import re
@@ -330,82 +332,159 @@ def print_columns(head, lines):
 
 
 # ---- Official result files ---------------------------------------------------------------------------------
-# In these files `result` is [turn][step]: the text of one message of the model per step.
+# In these files `result` is [turn][step], and a step is one message of the model: text, or the list that a
+# vendor's API returned, as the model's handler stores it. How a step is read, by handler:
+HANDLERS = {
+    "python": "Bielik, Claude, DeepSeekAPI, DeepseekReasoning, Gemma, GoGoAgent, Grok, Kimi, LingAPI, Llama, "
+              "Llama FC, MiniCPM, Mistral, Novita, Nvidia, OpenAIResponses, QwenAPI, Qwen",
+    "json": "QwenFC FC, PelicanVLFC FC, NanbeigeFC FC, Granite4FC FC",
+    "llama": "LlamaHandler_3_1 FC",
+    "gemini": "Gemini",
+    "phi": "Phi",
+    "vendor": "Arch FC, Claude FC, DeepSeekAPI FC, Fireworks FC, Functionary FC, GLMAPI FC, "
+              "Granite3FC FC, Grok FC, Kimi FC, Mistral FC, MistralFC, NanbeigeAPI FC, Nova FC, Novita FC, "
+              "OpenAICompletions FC, OpenAIResponses FC, PhiFC FC, QwenAPI FC, QwenAgentThink FC, "
+              "QwenAgentNoThink FC, Writer FC",
+    "google": "Gemini FC",
+    "cohere": "Cohere FC",
+    "mining": "DMCito, Mining FC",
+    "hammer": "Hammer FC",
+    "bitagent": "BitAgent FC",
+    "xlam": "SalesforceLlama FC, SalesforceQwen FC",
+}
+
 
 def score(args):
     """Judge the official result files in a model's folder and print the metrics."""
     tasks = bfcl_env.select_tasks(args)
-    model = Path(args.score).resolve().name  # the name of the folder
-    call_format = args.call_format
-    if call_format == "auto":
-        call_format = call_format_of(model)
-    results, malformed = read_official(args.score)
-    trajectories = [judge_result(task, results[task.id], call_format)
+    files = result_files(Path(args.score))
+    model, step_format = leaderboard_model(files)
+    if args.call_format != "auto":
+        step_format = f"{args.call_format} or vendor"
+    elif step_format is None:
+        raise BfclError(f"{model} is not a model of the leaderboard: give --call_format")
+    elif step_format not in HANDLERS:
+        raise BfclError(f"{model} cannot be scored: {step_format}")
+    results, malformed = read_official(files)
+    trajectories = [judge_result(task, results[task.id], step_format)
                     for task in tasks if task.id in results]
     if not trajectories:
         raise BfclError(f"{args.score} holds no line of the {len(tasks)} tasks asked for: try --split all")
-    summary = summarize(trajectories, f"{model}: official verdicts, calls read as {call_format}")
+    summary = summarize(trajectories, f"{model}: official verdicts, calls read as {step_format}")
     missing = len(tasks) - len(trajectories)  # missing results do not count as failures
     print(f"{missing} of {len(tasks)} tasks have no result and do not count; {malformed} lines cannot be "
           "read")
-    if not summary["overall"]["calls"]:
-        print(f"warning: nothing could be read as {call_format} calls: try another --call_format",
+    if args.call_format != "auto" and not summary["overall"]["calls"]:
+        print(f"warning: nothing could be read as {step_format} calls: try another --call_format",
               file=sys.stderr)
     print(json.dumps({**summary,
                       "reward": "official",
                       "model": model,
-                      "call_format": call_format,
+                      "call_format": step_format,
                       "missing": missing,
                       "malformed": malformed}))
 
 
-def call_format_of(model):
-    """Return the call format of a model of the leaderboard, inferred from its name there."""
-    if "-FC" not in model:
-        return "python"
-    if "Llama-3.1" in model:
-        return "llama"
-    return "python" if "Llama" in model else "json"
+def home_of(path):
+    """Return the model's folder of a result file, which some tools write to multi_turn/ inside of it."""
+    return path.parent.parent if path.parent.name == "multi_turn" else path.parent
 
 
-def read_official(folder):
-    """Read the multi-turn result files of one model.
+def leaderboard_model(files):
+    """Return the name of the model whose result files these are, and how they are read.
 
     Returns:
-        ({task id: result}, number of unreadable lines). Each unreadable line is reported on stderr.
+        (name, key of HANDLERS); (name, the reason) for a model that is not served; (name, None) for a name
+        that is not on the leaderboard.
+    """
+    formats = leaderboard_formats()
+    names = [home_of(files[0].absolute()).name, home_of(files[0].resolve()).name]  # the folder may be a link
+    name = next((name for name in names if name in formats), names[0])
+    return name, formats.get(name)
+
+
+def leaderboard_formats():
+    """Return {name of a model's folder: key of HANDLERS, or why it is not served}, of the installed package.
+
+    The package's table is read as text: its import would need every vendor's SDK.
+    """
+    by_handler = {}
+    for step_format, handlers in HANDLERS.items():
+        by_handler |= dict.fromkeys(handlers.split(", "), step_format)
+    source = (bfcl_env.package() / "constants/model_config.py").read_text()
+    found = {}
+    for table in ast.walk(ast.parse(source)):
+        if not isinstance(table, ast.Dict):
+            continue
+        for key, value in zip(table.keys, table.values):
+            if not isinstance(value, ast.Call):
+                continue
+            fields = {field.arg: field.value for field in value.keywords}
+            handler = fields["model_handler"].id.removesuffix("Handler")
+            mode = " FC" if fields["is_fc_model"].value else ""
+            reason = f"its handler {handler} stores calls in a format of its own"
+            if handler in ("Gorilla", "ThinkAgent"):
+                reason = f"the official decoder of its handler {handler} raises on every text"
+            found[key.value.replace("/", "_")] = by_handler.get(handler + mode, reason)
+    return found
+
+
+def result_files(folder):
+    """Return the multi-turn result files of one model.
 
     Raises:
-        BfclError: if there are no such files, or those of several models.
+        BfclError: if there are no such files, those of several models, or those of version 3.
     """
-    # Some tools write the files into the folder itself, some into multi_turn/.
-    files = sorted(Path(folder).rglob("BFCL_v4_multi_turn_*_result.json"))
-    if not files or len({path.name for path in files}) < len(files):
+    files = sorted(folder.rglob("BFCL_v4_multi_turn_*_result.json"))
+    homes = {home_of(path) for path in files}
+    if not files and [*folder.rglob("BFCL_v3_multi_turn_*_result.json")]:
+        raise BfclError(f"{folder} holds results of BFCL v3, whose gold answers differ from those of v4 in "
+                        "about 68 of 200 tasks per category: give results of v4")
+    if len(homes) != 1 or len({path.name for path in files}) < len(files):
         raise BfclError(f"{folder} holds no multi-turn result files, or those of several models: give one "
                         "model's folder, with files like multi_turn/BFCL_v4_multi_turn_base_result.json")
+    return files
+
+
+def read_official(files):
+    """Read result files.
+
+    Returns:
+        ({task id: result}, number of unreadable lines). Unreadable lines are reported on stderr.
+
+    Raises:
+        BfclError: for a file without any readable line, such as one JSON array over many lines.
+    """
     results = {}
     malformed = 0
     known = {task.id for task in bfcl_env.load_tasks()}
     for path in files:
-        for line_number, line in enumerate(path.read_bytes().splitlines(), 1):
+        lines = path.read_bytes().splitlines()
+        complaints = []
+        for line_number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
                 name = row["id"]
                 result = row["result"]
                 if name in results or name not in known or name.rpartition("_")[0] not in path.name:
                     raise ValueError(f"{name!r} is not a task of this file, or has a result already")
-                if isinstance(result, list) and not all(isinstance(turn, list) for turn in result):
+                if isinstance(result, list) and not all(isinstance(turn, (list, str)) for turn in result):
                     raise ValueError("a turn is not a list of steps")
                 results[name] = result
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                malformed += 1
-                print(f"{path}:{line_number}: left out: {type(error).__name__}: {error}", file=sys.stderr)
+                complaints.append(f"{path}:{line_number}: left out: {type(error).__name__}: {error}")
+        if lines and len(complaints) == len(lines):
+            raise BfclError(f"{path} does not have one result per line, as bfcl generate writes them: "
+                            f"{complaints[0]}")
+        malformed += len(complaints)
+        print(*complaints, sep="\n", end="\n" if complaints else "", file=sys.stderr)
     return results, malformed
 
 
-def judge_result(task, result, call_format) -> Trajectory:
+def judge_result(task, result, step_format) -> Trajectory:
     """Return the judged trajectory of one result, without its ids, which no result file holds."""
     if isinstance(result, list):
-        turns = turns_of(result, call_format)
+        turns = turns_of(result, step_format)
         verdict = vars(judge(task, turns))
     else:  # a string: the handler's report of an exception
         turns = []
@@ -423,30 +502,93 @@ def judge_result(task, result, call_format) -> Trajectory:
                       calls=sum(len(calls) for calls in steps))
 
 
-def turns_of(result, call_format) -> list[list[list[str]]]:
-    """Return the calls of a result as [turn][step][call], for `judge`."""
+def turns_of(result, step_format) -> list[list[list[str]]]:
+    """Return the calls of a result as [turn][step][call], for `judge`.
+
+    A turn may be a string, the report of an exception: as officially, its characters are steps.
+    """
     turns = []
     for steps in result:
-        turns.append([calls_in(step, call_format) for step in steps])
+        turns.append([calls_in(step, step_format) for step in steps])
     return turns
 
 
-def calls_in(step, call_format) -> list[str]:
+def calls_in(step, step_format) -> list[str]:
     """Return the calls of a step: none where the official decoders find none or raise.
 
     Args:
-        step: usually text; a list is the answer of a vendor's function-calling API, [{name: arguments}].
+        step: text, or the list of a vendor's function-calling API.
+        step_format: a key of HANDLERS; or, for example, "json or vendor".
     """
     try:
-        if not isinstance(step, list):
-            return [str(call) for call in parse_calls(step, call_format)]
-        calls = []
-        for call in step:
-            for name, arguments in call.items():
-                calls.append(str(bfcl_env.json_call(name, arguments)))
-        return calls
-    except (CallSyntaxError, AttributeError, TypeError, ValueError, RecursionError):
+        if step_format in CALL_FORMATS:
+            calls = parse_calls(step, step_format)
+        else:
+            calls = READERS[step_format](step)
+        return [str(call) for call in calls]
+    except (CallSyntaxError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return []
+
+
+def read_vendor(step, as_text=True):
+    """Read [{name: arguments}], where arguments may be JSON text. A step of text has no items: no call."""
+    calls = []
+    for call in step:
+        for name, arguments in call.items():
+            calls.append(bfcl_env.json_call(name, arguments if as_text else {**arguments}))
+    return calls
+
+
+def read_objects(step, name="name", arguments="arguments"):
+    """Read [{"name": ..., "arguments": ...}]."""
+    return [bfcl_env.json_call(call[name], {**call[arguments]}) for call in step]
+
+
+def read_lenient_objects(step):
+    """Read the same, where a key may be missing, and other items (the characters of a text) are no calls."""
+    return [bfcl_env.json_call(call.get("name", ""), {**call.get("arguments", {})})
+            for call in step if isinstance(call, dict)]
+
+
+def read_json_list(step):
+    """Read the JSON text of such a list, or of one such object."""
+    calls = json.loads(step)
+    return read_objects(calls if isinstance(calls, list) else [calls])
+
+
+def read_hammer(step):
+    """Read the JSON text of a lenient list, or of {"tool_calls": list}, between fences."""
+    calls = json.loads(step.replace("```", ""))
+    if isinstance(calls, dict):
+        calls = calls.get("tool_calls", [])
+    return read_lenient_objects(calls)
+
+
+def read_xlam(step):
+    """Read such a text, or several objects with semicolons between them."""
+    try:
+        return read_json_list(step)
+    except json.JSONDecodeError:
+        return read_objects(map(json.loads, step.split(";")))
+
+
+def read_either(call_format, step):
+    """Read a vendor's list, or text in this call format."""
+    return read_vendor(step) if isinstance(step, list) else parse_calls(step, call_format)
+
+
+READERS = {
+    **{f"{name} or vendor": functools.partial(read_either, name) for name in CALL_FORMATS},
+    "vendor": read_vendor,
+    "google": lambda step: read_vendor(step, as_text=False),
+    "cohere": lambda step: read_objects(step, "tool_name", "parameters"),
+    "mining": read_lenient_objects,
+    "hammer": read_hammer,
+    "bitagent": read_json_list,
+    "xlam": read_xlam,
+    "gemini": lambda step: parse_calls(step.replace("```tool_code\n", "").replace("\n```", ""), "python"),
+    "phi": lambda step: parse_calls(step.removeprefix("```json").removeprefix("```python"), "python"),
+}
 
 
 def official_rows(tasks, trajectories, tokenizer, call_format):
@@ -598,13 +740,13 @@ def read_arms(folders):
     rows = {}  # (checksum of the weights, reward token) -> row
     common = None
     for folder in folders:
-        for row in read_json(folder, "eval.json")["table"]:
-            config = read_json(folder, "config.json")
-            same = config["same"]
+        [table] = read_json(folder, "eval.json", "table")
+        for row in table:
+            same, versions = read_json(folder, "config.json", "same", "versions")
             if not set(COMPARABLE) <= set(same):
                 raise BfclError(f"{folder} was written by another version of this code: evaluate again")
             facts = {name: same[name] for name in COMPARABLE}
-            facts |= {"bfcl-eval": config["versions"]["bfcl-eval"],
+            facts |= {"bfcl-eval": versions["bfcl-eval"],
                       # These three can differ under equal flags: then the models are not seeds of one arm.
                       "call_format": row["call_format"],
                       "model": row["model"],
@@ -621,16 +763,18 @@ def read_arms(folders):
     return list(rows.values()), common
 
 
-def read_json(folder, name):
-    """Read a JSON file of an evaluation's folder.
+def read_json(folder, name, *keys):
+    """Return the values of these keys in a JSON file of an evaluation's folder.
 
     Raises:
-        BfclError: if there is no such file.
+        BfclError: if there is no such file, or it lacks one of them.
     """
     try:
-        return json.loads((Path(folder) / name).read_text())
-    except (OSError, ValueError):
-        raise BfclError(f"{folder} holds no {name}: give the --out folder of an evaluation") from None
+        content = json.loads((Path(folder) / name).read_text())
+        return [content[key] for key in keys]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise BfclError(f"{folder} holds no {name}, or a damaged one: give the --out folder of an "
+                        "evaluation") from None
 
 
 def paired_differences(table, draws, tasks):
@@ -730,7 +874,7 @@ def plot(path, table, arms):
 # ---- One transcript ----------------------------------------------------------------------------------------
 def show(args):
     """Print one transcript of an evaluation, then the gold calls of its task."""
-    same = read_json(args.out, "config.json")["same"]
+    [same] = read_json(args.out, "config.json", "same")
     read_json(args.out, "0.tokenizer.json")  # refuse a training run's folder, which has no such file
     index = same["checkpoints"] - 1  # the last checkpoint
     reward_token = same["reward_tokens"][0]
@@ -756,8 +900,8 @@ def parse_args():
     add = parser.add_argument
     add("--ckpt", nargs="+", default=[], help=f"model directories, hub ids, or {DEFAULT_MODEL}")
     add("--score", metavar="DIR",
-        help="score the official result files in a model's folder; with --call_format auto the call format "
-        "is inferred from the folder's name")
+        help="score the official result files in a model's folder; its name decides how calls are read, as "
+        "on the leaderboard, and other names need --call_format")
     add("--compare", nargs="+", metavar="RUN",
         help="--out folders of evaluations; different weights of the same arm count as its seeds")
     add("--show", metavar="ID",

@@ -80,7 +80,7 @@ HERE = Path(__file__).parent
 FULL = os.environ.get("RCGRPO_FULL") == "1"
 TASKS = bfcl_env.load_tasks()
 BY_ID = {task.id: task for task in TASKS}
-PACKAGE = bfcl_env._package()
+PACKAGE = bfcl_env.package()
 ARCHITECTURES = {
     "llama": LlamaConfig,
     "qwen2": Qwen2Config,
@@ -3897,8 +3897,8 @@ REWARDED = """import rollout, runpy, sys
 rollout.Trajectory.reward = property(lambda t: float(sum(t.ids) % 2), lambda t, reward: None)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")"""
-# Runs the official evaluator: RESULT_FOLDER SCORE_FOLDER.
-OFFICIAL = """import importlib.machinery, sys
+# Makes the official package importable without vendors' SDKs.
+WITHOUT_SDKS = """import importlib.machinery, json, sys
 from unittest.mock import MagicMock
 class Absent:  # replaces vendors' SDKs and the like
     names = set('''anthropic boto3 cohere datamodel_code_generator dotenv google httpx mistralai openai
@@ -3911,8 +3911,24 @@ class Absent:  # replaces vendors' SDKs and the like
     def exec_module(self, module):
         pass
 sys.meta_path.append(Absent())
-from bfcl_eval.eval_checker import eval_runner
+"""
+# Runs the official evaluator: RESULT_FOLDER SCORE_FOLDER.
+OFFICIAL = WITHOUT_SDKS + """from bfcl_eval.eval_checker import eval_runner
 eval_runner.main(None, ["multi_turn"], sys.argv[1], sys.argv[2])"""
+# Prints {model: calls of each step as its official handler decodes them}: STEPS.
+DECODED = WITHOUT_SDKS + """from bfcl_eval.constants.model_config import MODEL_CONFIG_MAPPING
+found = {}
+for name, config in MODEL_CONFIG_MAPPING.items():
+    handler = object.__new__(config.model_handler)
+    handler.is_fc_model = config.is_fc_model
+    found[name] = []
+    for step in json.loads(sys.argv[1]):
+        try:
+            calls = handler.decode_execute(step, False)
+        except Exception:
+            calls = []
+        found[name].append(calls)
+print(json.dumps(found))"""
 only_in_full = pytest.mark.skipif(not FULL, reason="only with RCGRPO_FULL=1")
 
 
@@ -5402,7 +5418,7 @@ BAD_LINES = [
     "7",
     "",
     '{"id": "multi_turn_base_41"}',
-    '{"id": "multi_turn_base_42", "result": ["[ls()]"]}',
+    '{"id": "multi_turn_base_42", "result": [7]}',
     '{"id": "multi_turn_base_0", "result": []}',  # has a result already
     '{"id": "multi_turn_miss_func_1", "result": []}',
 ]
@@ -5417,7 +5433,8 @@ def scored(evaluate, known_families, tmp_path):
     file = tmp_path / "some_model/multi_turn/BFCL_v4_multi_turn_base_result.json"
     sft_rctp.atomic_write(file, "\n".join(lines) + "\n")
 
-    out, err = evaluate("--score", tmp_path / "some_model", "--categories", "multi_turn_base")
+    out, err = evaluate(
+        "--score", tmp_path / "some_model", "--categories", "multi_turn_base", "--call_format", "python")
     return rows, last_json(out), err
 
 
@@ -5428,6 +5445,15 @@ def test_a_line_that_is_no_rollout_is_named(tmp_path, line):
 
     with pytest.raises(BfclError, match=r"0_high.rank0.jsonl, line 2, is not a rollout.*delete that line"):
         eval_bfcl.finished(tmp_path, "0_high")
+
+
+@pytest.mark.parametrize("text", ["", "7", "[]", "{}", '{"same": {}}'])
+def test_a_damaged_file_of_an_evaluation_is_named(tmp_path, text):
+    """--compare and --show would end in a traceback."""
+    (tmp_path / "config.json").write_text(text)
+
+    with pytest.raises(BfclError, match="holds no config.json, or a damaged one"):
+        eval_bfcl.read_json(tmp_path, "config.json", "same", "versions")
 
 
 def test_a_users_files_beside_results_are_not_read(tmp_path):
@@ -5472,11 +5498,206 @@ def test_results_are_judged_from_their_text(scored):
     assert figures["overall"]["accuracy"] == valid / 40
 
 
-def test_a_step_may_be_a_list_of_objects():
-    """Vendors' function calling answers with objects instead of text."""
-    step = [{"cd": '{"folder": "a"}'}, {"ls": {}}]
+CALLS = [{"name": "cd", "arguments": {"folder": "a b"}}, {"name": "ls", "arguments": {}}]
+# Steps as handlers store them, and as they should not.
+STEPS = [
+    None, 7, "", [], {}, "I am done.", "[cd(folder=", ["[ls()]"], "[cd(folder='a b'), ls()]", "ls()",
+    "```tool_code\n[cd(folder='a b')]\n```", "```python\n[ls()]\n```", "```json[ls()]```",
+    json.dumps(CALLS), json.dumps(CALLS[0]), json.dumps(CALLS)[:-9], f"```\n{json.dumps(CALLS)}\n```",
+    ";".join(map(json.dumps, CALLS)), json.dumps({"tool_calls": CALLS}),
+    json.dumps([{"name": "cd", "arguments": '{"folder": "a"}'}]), json.dumps([{"name": "ls"}]),
+    *(f"<tool_call>\n{json.dumps(calls)}\n</tool_call>" for calls in CALLS),
+    '{"name": "cd", "parameters": {"folder": "a b"}}', "<|python_tag|>{\"name\": \"ls\", \"parameters\": {}}",
+    [{"cd": '{"folder": "a b"}'}, {"ls": "{}"}], [{"cd": {"folder": "a b"}}], [{"cd": '{"folder'}],
+    CALLS, [*CALLS, "ls()"], [{"name": "ls"}], [{"tool_name": "cd", "parameters": {"folder": "a b"}}]
+]
 
-    assert eval_bfcl.calls_in(step, "json") == ["cd(folder='a')", "ls()"]
+
+@functools.cache
+def officially_decoded():
+    """Return {folder of a model: calls per step of STEPS} by the official handlers."""
+    [output] = succeed(start("", ("-c", DECODED, json.dumps(STEPS))))
+    return {name.replace("/", "_"): calls for name, calls in last_json(output).items()}
+
+
+LEADERBOARD = eval_bfcl.leaderboard_formats()
+SCORED = [name for name, step_format in LEADERBOARD.items() if step_format in eval_bfcl.HANDLERS]
+
+
+def test_each_model_of_the_leaderboard_is_known():
+    """A model whose handler nobody looked at would be scored with the calls of another one."""
+    assert len(LEADERBOARD) == 175
+    assert LEADERBOARD.keys() == officially_decoded().keys()
+    assert len(SCORED) == 164
+
+
+def syntax_of(calls):
+    """Return calls without the differences of their spelling."""
+    found = []
+    for call in calls:
+        try:
+            found.append(ast.dump(ast.parse(call)))
+        except SyntaxError:
+            found.append(call)
+    return found
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_steps_are_read_as_by_the_handler(name):
+    """Calls that are read in another way than a model's handler does score another model, or 0."""
+    for step, expected in zip(STEPS, officially_decoded()[name], strict=True):
+        calls = eval_bfcl.calls_in(step, LEADERBOARD[name])
+
+        assert syntax_of(calls) == syntax_of(expected), step
+
+
+def gold_step(calls, step_format):
+    """Return gold calls as a handler of this format stores them."""
+    if step_format in CALL_FORMATS:
+        return bfcl_env.write_calls(calls, step_format)
+    objects = [{"name": call.name, "arguments": call.kwargs} for call in calls]
+    match step_format:
+        case "vendor":
+            return [{call.name: json.dumps(call.kwargs)} for call in calls]
+        case "google":
+            return [{call.name: call.kwargs} for call in calls]
+        case "cohere":
+            return [{"tool_name": call.name, "parameters": call.kwargs} for call in calls]
+        case "mining":
+            return objects
+        case "hammer":
+            return f"```\n{json.dumps(objects)}\n```"
+        case "bitagent" | "xlam":
+            return json.dumps(objects)
+        case "gemini":
+            return f"```tool_code\n{bfcl_env.write_calls(calls, 'python')}\n```"
+        case "phi":
+            return f"```python\n{bfcl_env.write_calls(calls, 'python')}\n```"
+
+
+@pytest.mark.parametrize("step_format", eval_bfcl.HANDLERS)
+def test_gold_answers_score_100_percent(evaluate, known_families, tmp_path, step_format):
+    """A format that loses calls scores a perfect model below 100 %."""
+    name = next(name for name in SCORED if LEADERBOARD[name] == step_format)
+    for category in bfcl_env.CATEGORIES:
+        lines = []
+        for task in TASKS:
+            if task.category == category:
+                gold = sft_rctp.gold_calls(task)
+                result = [[gold_step(calls, step_format)] if calls else [] for calls in gold]
+                lines.append(json.dumps({"id": task.id, "result": result}))
+        path = tmp_path / f"{name}/BFCL_v4_{category}_result.json"
+        sft_rctp.atomic_write(path, "\n".join(lines))
+
+    out, _ = evaluate("--score", tmp_path / name)
+
+    figures = last_json(out)
+    assert figures["overall"]["n"] == 800
+    assert figures["overall"]["accuracy"] == 1
+    assert figures["call_format"] == step_format
+
+
+def write_result(path, turns=(), name="multi_turn_base_0"):
+    sft_rctp.atomic_write(path, json.dumps({"id": name, "result": list(turns)}) + "\n")
+
+
+BASE = "BFCL_v4_multi_turn_base_result.json"
+
+
+@pytest.mark.parametrize("folder, name", [
+    ("Qwen_Qwen3-0.6B-FC", "Qwen_Qwen3-0.6B-FC"),
+    ("Qwen_Qwen3-0.6B-FC/multi_turn", "Qwen_Qwen3-0.6B-FC"),
+    ("latest", "Qwen_Qwen3-0.6B-FC"),
+    ("latest/multi_turn", "Qwen_Qwen3-0.6B-FC"),
+    ("Qwen_Qwen3-8B", "Qwen_Qwen3-8B"),
+    ("results", "Qwen_Qwen3-1.7B"),
+])
+def test_the_models_name_is_found(tmp_path, folder, name):
+    """The folder's name tells how calls are read, also behind a link, from within and from above."""
+    write_result(tmp_path / "results/Qwen_Qwen3-1.7B/multi_turn" / BASE)
+    write_result(tmp_path / "Qwen_Qwen3-0.6B-FC/multi_turn" / BASE)
+    write_result(tmp_path / "run7" / BASE)
+    (tmp_path / "latest").symlink_to(tmp_path / "Qwen_Qwen3-0.6B-FC")
+    (tmp_path / "Qwen_Qwen3-8B").symlink_to(tmp_path / "run7")
+
+    files = eval_bfcl.result_files(tmp_path / folder)
+
+    assert eval_bfcl.leaderboard_model(files) == (name, LEADERBOARD[name])
+
+
+REFUSED_RESULTS = {
+    "my_model/" + BASE: "my_model is not a model of the leaderboard: give --call_format",
+    "gorilla-openfunctions-v2/" + BASE: "gorilla-openfunctions-v2 cannot be scored: the official decoder",
+    "tiiuae_Falcon3-7B-Instruct-FC/" + BASE: "Falcon3FC stores calls in a format of its own",
+    "Qwen_Qwen3-8B/" + BASE.replace("v4", "v3"): "v3, whose gold answers differ",
+}
+
+
+@pytest.mark.parametrize("file, words", REFUSED_RESULTS.items())
+def test_results_that_cannot_be_read_are_refused(evaluate, tmp_path, file, words):
+    """Results that are read wrongly give a score of 0, which is published as one."""
+    write_result(tmp_path / file)
+
+    with pytest.raises(BfclError, match=words):
+        evaluate("--score", (tmp_path / file).parent)
+
+
+def test_results_of_two_models_are_refused(evaluate, tmp_path):
+    """The categories of two models would be one score."""
+    write_result(tmp_path / "Qwen_Qwen3-8B/multi_turn" / BASE)
+    write_result(tmp_path / "Qwen_Qwen3-4B/multi_turn" / BASE.replace("base", "miss_func"))
+
+    with pytest.raises(BfclError, match="several models"):
+        evaluate("--score", tmp_path)
+
+
+ROWS = [{"id": f"multi_turn_base_{i}", "result": []} for i in range(3)]
+
+
+@pytest.mark.parametrize("text", [
+    json.dumps(ROWS, indent=1), json.dumps(ROWS), "\ufeff" + json.dumps(ROWS, indent=1),
+    "\n".join(json.dumps(row, indent=1) for row in ROWS), "<html>\n<body>\n"])
+def test_a_file_without_results_is_one_complaint(evaluate, tmp_path, capsys, text):
+    """Every line of a file that was pretty-printed would be reported."""
+    path = tmp_path / "Qwen_Qwen3-8B" / BASE
+    sft_rctp.atomic_write(path, text)
+
+    with pytest.raises(BfclError, match="does not have one result per line"):
+        evaluate("--score", path.parent)
+
+    assert capsys.readouterr().err == ""
+
+
+def test_a_list_under_another_name_is_read(evaluate, known_families, tmp_path):
+    """The results of a vendor's API, in a folder with a name of one's own, would score 0."""
+    step = [{call.name: call.kwargs} for call in sft_rctp.gold_calls(TASKS[0])[0]]
+    write_result(tmp_path / "mine" / BASE, [[step]])
+
+    out, _ = evaluate("--score", tmp_path / "mine", "--call_format", "json")
+
+    assert last_json(out)["overall"]["calls"] == len(step)
+
+
+def test_a_turn_that_is_a_string_is_a_failure(evaluate, known_families, tmp_path):
+    """A turn that holds the report of an exception would be left out of n."""
+    write_result(tmp_path / "Qwen_Qwen3-8B" / BASE, ["Error: [cd(folder='document')]"] * len(TASKS[0].turns))
+
+    out, _ = evaluate("--score", tmp_path / "Qwen_Qwen3-8B")
+
+    assert last_json(out)["overall"]["n"] == 1
+    assert last_json(out)["overall"]["accuracy"] == 0
+    assert last_json(out)["malformed"] == 0
+
+
+@pytest.mark.parametrize("flags, is_advised", [([], False), (["--call_format", "json"], True)])
+def test_another_call_format_is_advised_where_it_could_help(
+        evaluate, known_families, tmp_path, flags, is_advised):
+    """Advice to change a flag that the leaderboard's own table has set leads to a wrong score."""
+    write_result(tmp_path / "Qwen_Qwen3-8B" / BASE, [["no call"]] * len(TASKS[0].turns))
+
+    _, err = evaluate("--score", tmp_path / "Qwen_Qwen3-8B", *flags)
+
+    assert ("try another --call_format" in err) == is_advised
 
 
 @functools.cache
