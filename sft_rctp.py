@@ -38,6 +38,7 @@ import subprocess
 import sys
 import time
 import types
+import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -1015,7 +1016,8 @@ def export_checkpoint(path):
         saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata  # by parameter name
         tie_head(policy.model, "lm_head.weight" not in saved)
         weights = {name: p.detach() for name, p in policy.model.named_parameters()}
-        dcp.load(weights, checkpoint_id=path)
+        with warnings.catch_warnings(action="ignore"):  # that there is only one process
+            dcp.load(weights, checkpoint_id=path)
         step = int(state["step"])
     except DAMAGE:
         raise BfclError(f"{path} is damaged, of another version, or not in its run's folder: give a run's "
@@ -1159,8 +1161,8 @@ def read_config(out):
         config = json.loads((out / "config.json").read_text())
         return {**config, "args": {**config["args"]}, "same": {**config.get("same", {})}}
     except DAMAGE:
-        raise BfclError(f"{out / 'config.json'} is missing, damaged or of another program, so that nothing "
-                        f"tells what {out} holds: give another --out") from None
+        raise BfclError(f"{out / 'config.json'} is missing, damaged or of another program: give another "
+                        f"--out, or delete {out} if it holds nothing but a run of this program") from None
 
 
 def update_config(out, **values):
