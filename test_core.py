@@ -1718,6 +1718,17 @@ def test_a_process_starts_with_fixed_settings(tmp_path, variables, expected):
     assert output.strip() == expected
 
 
+def test_a_process_restarts_only_once(tmp_path):
+    """Options that make Python ignore its variables would restart the process again and again."""
+    (tmp_path / "started.py").write_text(STARTED)
+
+    process = start(f"{tmp_path}/started.py", ("-X", "utf8=0"), PYTHONPATH=str(HERE), LC_ALL="C",
+                    PYTHONCOERCECLOCALE="0")
+    output, _ = process.communicate(timeout=60)
+
+    assert output.startswith("0 ")
+
+
 def test_an_early_ctrl_c_is_a_sentence(tmp_path):
     """Ctrl-C during the slow imports ends in a traceback of some library."""
     (tmp_path / "started.py").write_text(STARTED)
@@ -1994,6 +2005,35 @@ def test_a_users_files_beside_rollouts_stay(tmp_path):
 
     ours = ["step_000050.jsonl", "step_000052.jsonl"]
     assert sorted(path.name for path in folder.iterdir()) == sorted(ours + theirs)
+
+
+@pytest.fixture
+def ignored_signals():
+    """Ignore the signals that stop a run, as a job in the background or under nohup does."""
+    signums = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in signums}
+    yield signums
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+def test_a_run_handles_signals_while_it_loads(checkpointers, distributed, tmp_path, monkeypatch,
+                                              ignored_signals):
+    """Ctrl-C during the load of a checkpoint is taken for a damaged checkpoint; a job in the background,
+    where the shell ignores SIGINT, cannot be stopped."""
+    saving, _ = checkpointers
+    begin(distributed, tmp_path / "run")
+    loop = sft_rctp.TrainLoop(tmp_path / "run", given(), saving.model, saving.optimizer, 3, distributed)
+    handlers = []
+
+    def load():
+        handlers.extend(signal.getsignal(signum) for signum in ignored_signals)
+        return {"step": 0}
+
+    monkeypatch.setattr(loop.checkpoints, "load", load)
+    loop.resume()
+
+    assert handlers == [loop._request_stop, loop._request_stop, signal.SIG_IGN]
 
 
 def share_of_digits(name, text):
@@ -4269,6 +4309,7 @@ MISTAKES = {
     "sft_rctp.py --batch_size 0": "--batch_size",
     "sft_rctp.py --rollouts": "expected at least one argument",
     "sft_rctp.py --export {old}": "holds no checkpoint",
+    "sft_rctp.py --export= --out {old}/unset": "holds no checkpoint",  # an unset variable
     "sft_rctp.py --model {out}/sft/model {stage} --out {foreign}": "model is not of this run",
     "{rl} --tool_docs full": "trained with --tool_docs signature",
     "{rl} --temperature 0": "greedy",
