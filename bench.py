@@ -266,6 +266,81 @@ def generate_seconds(model, prompt, result, G, keep_cache):
     return sft.synced_time(model.device) - start
 
 
+class PerPrefix(sampler.Decode):
+    """The peer of `Decode`: one product per prefix, for all rows that share it. Prefixes are contiguous."""
+    groups: list  # ([b] indices of rows, [L, 2, K, P, D] keys and values of their prefix)
+
+    def __post_init__(self):
+        T = self.row_kv.shape[4]
+        self.padding = torch.arange(T, device=self.pos.device) > self.pos[:, None, None, None]  # [B, 1, 1, T]
+
+    def attend(self, layer, q, k, v, scale):  # q [1, H, B, D]; k, v [1, K, B, D]
+        row_keys, row_values = self.row_kv[layer]  # [slots, K, T, D] each
+        _, H, B, D = q.shape
+        K, T = row_keys.shape[1:3]
+        slot = torch.arange(B, device=q.device)
+        row_keys[slot, :, self.pos] = k[0].transpose(0, 1)
+        row_values[slot, :, self.pos] = v[0].transpose(0, 1)
+        q = q[0].transpose(0, 1).reshape(B, K, H // K, D)
+        row_scores = sampler.scores(row_keys[:B], q.transpose(2, 3)).transpose(2, 3)  # [B, K, H/K, T]
+        row_scores = row_scores.masked_fill(self.padding, float("-inf"))
+        row_weights = q.new_empty(row_scores.shape)
+        out = torch.empty_like(q)  # [B, K, H/K, D]
+        for rows, prefix_kv in self.groups:  # b rows each
+            prefix_keys, prefix_values = prefix_kv[layer][:, None]  # [1, K, P, D] each
+            P = prefix_keys.shape[2]
+            queries = q[rows].transpose(0, 1).reshape(1, K, -1, D)  # [1, K, b*H/K, D]
+            tail = row_scores[rows].transpose(0, 1).reshape(1, K, -1, T)
+            both = torch.cat([sampler.scores(queries, prefix_keys.transpose(2, 3)), tail], -1)
+            weights = both.mul_(scale).softmax(-1).to(q.dtype)
+            shared = weights[..., :P] @ prefix_values  # [1, K, b*H/K, D]
+            out[rows] = shared.view(K, -1, H // K, D).transpose(0, 1)
+            row_weights[rows] = weights[..., P:].view(K, -1, H // K, T).transpose(0, 1)
+        out = out + row_weights @ row_values[:B]
+        return out.view(B, H, D).transpose(0, 1)[None]
+
+
+@torch.inference_mode()
+def compare_decode_steps(policy, tasks, G, steps=20) -> dict:
+    """Time decode steps of G rows per task, alternately with `Decode` and with `PerPrefix`.
+
+    Returns:
+        Among others:
+            time_ratio: of a step, ours relative to the peer's
+            memory_ratio: of the cache, relative to prefixes without padding
+    """
+    batch = sampler.Sampler(policy, max_new_tokens=4608, max_sampled_tokens=4608, max_len=4608, kv_gb=8.0)
+    envs = [FixedEnv(task) for task in tasks for _ in range(G)]
+    batch.add_requests(envs, ["high"] * len(envs), [(0, i) for i in range(len(envs))])
+    batch.admit()
+    batch.prefill()
+    PerPrefix.groups = []
+    for prefix in batch.cached_prefixes:
+        rows = [b for b, row in enumerate(batch.live) if row.prefix is prefix]
+        kv = prefix.kv.transpose(2, 3).flatten(3, 4)[:, :, :, :len(prefix.ids)].contiguous()
+        PerPrefix.groups.append((torch.tensor(rows, device=policy.device), kv))
+    seconds = {sampler.Decode: [], PerPrefix: []}
+    for _ in range(steps):
+        for layout in seconds:
+            sampler.Decode = layout
+            start = time.perf_counter()
+            outputs = batch.decode()  # ends with a copy to the host
+            seconds[layout].append((time.perf_counter() - start) / len(outputs))
+        batch.process_outputs(outputs)
+    ours, peer = (statistics.median(values[2:]) for values in seconds.values())
+    sampler.Decode = next(iter(seconds))
+    lengths = [len(prefix.ids) for prefix in batch.cached_prefixes]
+    row_bytes = batch.row_kv.nbytes
+    unpadded_bytes = row_bytes + sum(kv.nbytes for _, kv in PerPrefix.groups)
+    return {
+        "rows": len(batch.live),
+        "prefix_tokens": [min(lengths), max(lengths)],
+        "ms": 1000 * ours,
+        "time_ratio": ours / peer,
+        "memory_ratio": (row_bytes + batch.prefix_kv.nbytes) / unpadded_bytes,
+    }
+
+
 def bench_sampler(G: int = 8) -> dict:
     """Compare the sampler with batched `generate`: the same weights, dtype, prompt and numbers of tokens.
 
@@ -277,6 +352,7 @@ def bench_sampler(G: int = 8) -> dict:
                 built on it do
             generate_kept_seconds: `generate` that reuses its dynamic cache from message to message
             decode_overhead: the time of a decode step relative to its matrix products alone
+            prefixes: results of `compare_decode_steps` with 1, 4 and 13 prefixes
     """
     policy = sampler.load_policy(sampler.DEFAULT_MODEL)
     chat = policy.chat
@@ -290,8 +366,7 @@ def bench_sampler(G: int = 8) -> dict:
     decode = sampler.Sampler.decode
 
     def timed_decode(batch):
-        prefix_bytes = sum(prefix.kv.nbytes for prefix in batch.cached_prefixes)
-        kv_bytes.append(batch.row_kv.nbytes + prefix_bytes)
+        kv_bytes.append(batch.row_kv.nbytes + batch.prefix_kv.nbytes)
         start = time.perf_counter()
         steps = decode(batch)  # ends with a copy to the host
         step_seconds.append((time.perf_counter() - start) / len(steps))
@@ -305,6 +380,14 @@ def bench_sampler(G: int = 8) -> dict:
     ours = rollout_seconds(policy, task, G)
     step = statistics.median(step_seconds)
     sampler.sample_token = sample_token
+    sampler.Sampler.decode = decode
+
+    tasks = bfcl_env.load_tasks(["multi_turn_base"])[::8]
+    tasks.sort(key=lambda task: len(chat.render_prompt(FixedEnv(task).messages(), "high")))
+    prefixes = {}  # number of prefixes -> measures
+    for count, rows_each in ((1, 8), (4, 4), (13, 2)):
+        some = [tasks[len(tasks) * (2 * i + 1) // (2 * count)] for i in range(count)]
+        prefixes[count] = compare_decode_steps(policy, some, rows_each)
 
     model = AutoModelForCausalLM.from_pretrained(
         sampler.smollm2_dir(), dtype=policy.model.dtype, attn_implementation="sdpa")
@@ -326,6 +409,7 @@ def bench_sampler(G: int = 8) -> dict:
         "decode_overhead": step / products,
         "peak_kv_bytes": max(kv_bytes),
         "seconds_a_rollout": {g: s / g for g, s in seconds.items()},
+        "prefixes": prefixes,
     }
 
 

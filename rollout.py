@@ -42,6 +42,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -87,6 +88,8 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 DATE = "26 Jul 2024"  # for templates that print the current date: the one of the benchmark's Llama handler
 STAGE_INFO = "rcgrpo.json"  # metadata file beside the weights of a stage, see `StageInfo`
 PREFILL_TOKENS = 16_384  # most tokens per prefill forward, over all its rows: bounds activation memory
+PREFIX_BLOCK = 256  # tokens per block of the prefix cache
+MAX_GRAPHS = 32  # CUDA graphs per `rollout` call
 DECODE_STEPS_PER_SYNC = {"cpu": 1, "cuda": 8}  # decode steps per synchronisation with the host
 TOLERANCE = 2  # allowed log-prob gap, as a multiple of the gap that rounding makes; correct layouts reach 1.5
 
@@ -196,6 +199,8 @@ def rollout(
         sampler.prefill()
         outputs = sampler.decode()
         sampler.process_outputs(outputs)
+    if sampler.graphs:
+        bar.set_postfix_str(f"{len(sampler.graphs.graphs)} CUDA graphs")
     bar.close()
     return out
 
@@ -258,6 +263,7 @@ class Sampler:
         max_sampled_tokens=2048,
         max_len=8192,
         kv_gb: float | None = None,
+        cuda_graphs=False,
     ):
         """
         Args:
@@ -266,6 +272,7 @@ class Sampler:
             max_sampled_tokens: most sampled tokens per rollout.
             max_len: most tokens per conversation; the model's context if that is shorter.
             kv_gb: GiB for the KV cache; None: 4, on CUDA 0.6 of the free memory.
+            cuda_graphs: launch each decode step as one CUDA graph.
         """
         self.policy = policy
         self.temperature = temperature
@@ -283,7 +290,8 @@ class Sampler:
         self.waiting = deque()  # rows
         self.live = []  # rows; live row b has slot b of the cache
         self.finished = []  # rows that `pop_finished` has not handed out yet
-        self.cached_prefixes = []
+        self.cached_prefixes = []  # in the order of their blocks
+        self.graphs = DecodeGraphs() if cuda_graphs else None
 
     # step 1
     def add_requests(self, envs, reward_tokens, keys: list[tuple]):
@@ -328,25 +336,28 @@ class Sampler:
         D = head_dim(config)
         token_bytes = 2 * L * K * D * dtype.itemsize
         budget = int(self.kv_gb * 2**30) // token_bytes  # in tokens
-        lengths = [len(row.prefix.ids) for row in rows]
-        longest = max(lengths, default=0)
-        slot_tokens = self.max_len - min(lengths) if rows else 1  # T
+        prefixes = {row.prefix for row in rows}
+        longest = max((prefix.num_blocks for prefix in prefixes), default=0) * PREFIX_BLOCK
+        slot_tokens = 1  # T
+        if rows:
+            slot_tokens = self.max_len - min(len(prefix.ids) for prefix in prefixes)
         if slot_tokens + longest > budget:
             least = (slot_tokens + longest) * token_bytes / 2**30 + 0.005  # rounded up
             raise BfclError(f"--kv_gb {self.kv_gb:.4g} does not hold one conversation of --max_len "
                             f"{self.max_len} tokens: give {least:.2f} or more")
         # A row needs its slot and its share of the prefixes; the longest prefix must always fit.
-        prefixes = {row.prefix for row in rows}
-        prefix_share = longest * len(prefixes) / max(1, len(rows))
+        num_blocks = sum(prefix.num_blocks for prefix in prefixes)
+        prefix_share = num_blocks * PREFIX_BLOCK / max(1, len(rows))
         slots = min(
             len(rows),
             int(budget / (slot_tokens + prefix_share)),
             (budget - longest) // slot_tokens)
         self.slots = max(1, slots)
-        self.free_prefix_tokens = budget - self.slots * slot_tokens
+        num_blocks = min(num_blocks, (budget - self.slots * slot_tokens) // PREFIX_BLOCK)
         # NOTE: zeros, since padding gets weight 0, and 0 times the NaN of uninitialised memory is NaN.
         shape = (L, 2, self.slots, K, slot_tokens, D)
         self.row_kv = torch.zeros(shape, dtype=dtype, device=self.policy.device)
+        self.prefix_kv = self.row_kv.new_zeros(L, 2, num_blocks, K, PREFIX_BLOCK, D)
 
     # step 2
     def admit(self):
@@ -354,38 +365,54 @@ class Sampler:
         while self.waiting and len(self.live) < self.slots:
             prefix = self.waiting[0].prefix
             if prefix.kv is None:
-                self._evict_prefixes(len(prefix.ids))
-                if self.free_prefix_tokens < len(prefix.ids):
+                if not self._has_space(prefix):
+                    self._evict_prefixes()
+                if not self._has_space(prefix):
                     break  # until rows finish
                 self._compute_prefix(prefix)
             self.live.append(self.waiting.popleft())
+        self._evict_prefixes()
 
-    def _evict_prefixes(self, tokens):
-        """Evict all prefixes that no live row uses, if fewer than `tokens` are free.
+    def _used_blocks(self):
+        return sum(prefix.num_blocks for prefix in self.cached_prefixes)
 
-        Until space is needed, unused prefixes stay cached for queued rows.
+    def _has_space(self, prefix):
+        return self._used_blocks() + prefix.num_blocks <= self.prefix_kv.shape[2]
+
+    def _evict_prefixes(self):
+        """Evict the prefixes that no live row uses, and move the others together.
+
+        A decode step computes all blocks up to the last used one.
         """
-        if self.free_prefix_tokens >= tokens:
-            return
         needed = {row.prefix for row in self.live}
-        for prefix in list(self.cached_prefixes):
-            if prefix not in needed:
-                self.cached_prefixes.remove(prefix)
-                self.free_prefix_tokens += len(prefix.ids)
-                prefix.kv = None
+        before = self.cached_prefixes
+        self.cached_prefixes = []
+        for prefix in before:
+            kv = prefix.kv
+            prefix.kv = None
+            if prefix in needed:
+                self._store_prefix(prefix, kv)
+
+    def _store_prefix(self, prefix, kv):
+        """Copy keys and values of a prefix, [L, 2, blocks, K, PREFIX_BLOCK, D], behind the used blocks."""
+        first = self._used_blocks()
+        prefix.kv = self.prefix_kv[:, :, first:first + prefix.num_blocks]
+        self.cached_prefixes.append(prefix)
+        if kv.data_ptr() != prefix.kv.data_ptr():
+            prefix.kv.copy_(kv.clone())  # a clone, since the two may overlap
 
     def _compute_prefix(self, prefix):
-        self.free_prefix_tokens -= len(prefix.ids)
-        L, _, _, K, _, D = self.row_kv.shape
-        prefix.kv = self.row_kv.new_empty(L, 2, K, len(prefix.ids), D)
+        L, _, _, K, _, D = self.prefix_kv.shape
+        # Zeros after its end, since padding gets weight 0.
+        kv = self.prefix_kv.new_zeros(L, 2, K, prefix.num_blocks * PREFIX_BLOCK, D)
         start = 0
         if self.cached_prefixes:  # copy the longest common start of another one, such as the same tool docs
             closest = max(self.cached_prefixes, key=lambda other: common_prefix(other.ids, prefix.ids))
             shared = common_prefix(closest.ids, prefix.ids)
             start = min(shared, len(prefix.ids) - 1)
-            prefix.kv[:, :, :, :start] = closest.kv[:, :, :, :start]
-        extend(self.policy, [Span(prefix.ids[start:], prefix.kv, start)])
-        self.cached_prefixes.append(prefix)
+            kv[:, :, :, :start] = closest.kv.transpose(2, 3).flatten(3, 4)[:, :, :, :start]
+        extend(self.policy, [Span(prefix.ids[start:], kv, start)])
+        self._store_prefix(prefix, kv.unflatten(3, (-1, PREFIX_BLOCK)).transpose(2, 3))
 
     # step 3
     def prefill(self):
@@ -410,32 +437,16 @@ class Sampler:
         Raises:
             BfclError: if logits are NaN.
         """
-        policy = self.policy
-        device = policy.device
         steps = self._steps_until_sync()
-        uniform = [row.uniform[row.sampled_tokens:][:steps] for row in self.live]
-        uniform = torch.from_numpy(np.stack(uniform)).to(device)  # [B, steps]
-        ids = [row.pending[0] for row in self.live]
-        pos = [row.cached for row in self.live]
-        prefix_lengths = [len(row.prefix.ids) for row in self.live]
-        state = torch.tensor([ids, pos, prefix_lengths], device=device)  # in one copy to a GPU
-        ids, pos, prefix_lengths = state  # [B] each
-        longest = max(row.cached for row in self.live) + 1
-        groups = self._rows_by_prefix()
-        outputs = []
-        for i in range(steps):
-            padding_mask = torch.arange(longest + i, device=device) > pos[:, None, None, None]  # [B, 1, 1, T]
-            layout = Decode(self.row_kv, pos, padding_mask, groups)
-            hidden = hidden_states(policy.model, ids, pos + prefix_lengths, layout)  # [B, hidden]
-            logits = masked_logits(hidden, self.head, policy.banned, self.temperature)  # [B, V]
-            ids, logprobs = sample_token(logits, uniform[:, i], greedy=self.temperature == 0)  # [B] each
-            outputs.append(torch.stack([ids.double(), logprobs.double()]))  # exact for ids and for fp32
-            # A row whose message has ended decodes on; what that writes is overwritten before it is read.
-            pos = pos + 1
-        outputs = torch.stack(outputs).cpu()  # [steps, 2, B] the one copy to the host
+        state, sizes = self._decode_state(steps)
+        run = functools.partial(self._decode_step, **sizes, **state)
+        if self.graphs:
+            run = self.graphs.get(run)
+        outputs = [run() for _ in range(steps)]
+        outputs = torch.stack(outputs)[:, :, :len(self.live)].cpu()  # [steps, 2, B] the one copy to the host
         if outputs.isnan().any():
-            raise BfclError(f"{policy.name}: its logits are NaN. Its weights are broken, which too large a "
-                            "--lr does, or too large for this --dtype")
+            raise BfclError(f"{self.policy.name}: its logits are NaN. Its weights are broken, which too "
+                            "large a --lr does, or too large for this --dtype")
         return outputs.tolist()
 
     def _steps_until_sync(self):
@@ -449,15 +460,84 @@ class Sampler:
                 self.max_len - len(row))
         return steps
 
-    def _rows_by_prefix(self):
-        """Return (Prefix, [b] indices of its rows) of the live rows."""
-        members = {}
+    def _decode_state(self, steps):
+        """Return what the next decode steps read and change.
+
+        For CUDA graphs all sizes are rounded up, so that few shapes occur; what is computed for the rows,
+        blocks and tokens that this adds is never read.
+
+        Returns:
+            {name: tensor}, arguments of `_decode_step`, and {name: int}, its sizes.
+        """
+        device = self.policy.device
+        members = {prefix: [] for prefix in self.cached_prefixes}  # prefix -> indices of its rows
         for b, row in enumerate(self.live):
-            members.setdefault(row.prefix, []).append(b)
-        groups = []
+            members[row.prefix].append(b)
+        B = self._rounded(len(self.live), 16, self.slots)
+        G = self._rounded(max(len(rows) for rows in members.values()), 4, B)
+        block_rows = []
+        first_block = {}
         for prefix, rows in members.items():
-            groups.append((prefix, torch.tensor(rows, device=self.policy.device)))
-        return groups
+            first_block[prefix] = len(block_rows)
+            block_rows += [rows + [0] * (G - len(rows))] * prefix.num_blocks
+        n = self._rounded(len(block_rows), 32, self.prefix_kv.shape[2])
+        block_rows += [[0] * G] * (n - len(block_rows))
+
+        rows = []
+        uniform = np.zeros((B, DECODE_STEPS_PER_SYNC[device.type]), dtype=np.float32)
+        for b, row in enumerate(self.live):
+            rows.append([row.pending[0], row.cached, len(row.prefix.ids), first_block[row.prefix]])
+            uniform[b, :steps] = row.uniform[row.sampled_tokens:][:steps]
+        rows += [[0, 0, 1, 0]] * (B - len(rows))
+        ids, pos, prefix_lengths, first_block = torch.tensor(rows, device=device).T.contiguous()
+        state = {
+            "ids": ids,
+            "pos": pos,
+            "prefix_lengths": prefix_lengths,
+            "first_block": first_block,
+            "block_rows": torch.tensor(block_rows, device=device),
+            "uniform": torch.from_numpy(uniform).to(device),
+            "step": torch.zeros(1, dtype=torch.long, device=device),
+        }
+        longest = max(row.cached for row in self.live) + steps
+        sizes = {
+            "T": self._rounded(longest, 512, self.row_kv.shape[4]),
+            "J": self._rounded(max(prefix.num_blocks for prefix in members), 2, n),
+        }
+        return state, sizes
+
+    def _rounded(self, count, unit, largest):
+        if self.graphs is None:
+            return count
+        return min(-(-count // unit) * unit, largest)
+
+    def _decode_step(self, T, J, ids, pos, prefix_lengths, first_block, block_rows, uniform, step):
+        """Sample one token for each row; change ids, pos and step in place for the next step.
+
+        Args:
+            T: tokens of each slot to read.
+            ids: [B] the newest id of each row.
+            uniform: [B, steps] numbers that select the tokens.
+            step: [1] index into `uniform`.
+            The others: see `Decode`.
+
+        Returns:
+            [2, B]: ids and log-probs.
+        """
+        policy = self.policy
+        row_kv = self.row_kv[:, :, :, :, :T]
+        prefix_kv = self.prefix_kv[:, :, :len(block_rows)]
+        num_heads = policy.model.config.num_attention_heads
+        layout = Decode(row_kv, prefix_kv, num_heads, pos, prefix_lengths, first_block, block_rows, J)
+        hidden = hidden_states(policy.model, ids, pos + prefix_lengths, layout)  # [B, hidden]
+        logits = masked_logits(hidden, self.head, policy.banned, self.temperature)  # [B, V]
+        point = uniform.index_select(1, step)[:, 0]  # [B]
+        new_ids, logprobs = sample_token(logits, point, greedy=self.temperature == 0)  # [B] each
+        # A row whose message has ended decodes on; what that writes is overwritten before it is read.
+        ids.copy_(new_ids)
+        pos.add_(1)
+        step.add_(1)
+        return torch.stack([new_ids.double(), logprobs.double()])  # exact for ids and for fp32
 
     # step 4
     def process_outputs(self, outputs):
@@ -539,6 +619,74 @@ class Sampler:
             calls=row.calls)
 
 
+class DecodeGraphs:
+    """Decode steps as CUDA graphs: the host launches one graph instead of some 1,600 kernels per step.
+
+    A graph repeats the same operations on the same memory: there is one per shape, with its own copy of the
+    step's arguments. All end with their `Sampler`, since the weights move between two rollouts.
+    """
+    failed = False  # in this process: then no more graphs are captured
+
+    def __init__(self):
+        self.graphs = {}  # shapes -> (arguments, function that replays the graph)
+        self.pool = torch.cuda.graph_pool_handle()  # memory that all graphs share
+
+    def get(self, step):
+        """Return a function that does the same as `step`, a partial of `Sampler._decode_step`."""
+        shapes = tuple(getattr(x, "shape", x) for x in step.keywords.values())
+        if shapes not in self.graphs and len(self.graphs) < MAX_GRAPHS and not DecodeGraphs.failed:
+            try:
+                self.graphs[shapes] = self._capture(step)
+            except RuntimeError as error:
+                DecodeGraphs.failed = True
+                print(f"no CUDA graph of decode steps: {error}. Sampling goes on without.", file=sys.stderr)
+        if shapes not in self.graphs:
+            return step
+        own, replay = self.graphs[shapes]
+        copy_tensors(step.keywords, own)
+        return replay
+
+    def _capture(self, step):
+        """Capture a graph, and check that its first replay gives what the step itself gives."""
+        own = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in step.keywords.items()}
+        expected, graph, out = capture_graph(functools.partial(step.func, **own), self.pool)
+
+        def replay():
+            graph.replay()
+            return out.clone()
+
+        copy_tensors(step.keywords, own)
+        ids, logprobs = replay()
+        if not torch.equal(ids, expected[0]) or (logprobs - expected[1]).abs().max() > 1e-3:
+            raise RuntimeError("its first replay differs from the eager step")
+        return own, replay
+
+
+def copy_tensors(source, target):
+    for name, x in source.items():
+        if isinstance(x, torch.Tensor):
+            target[name].copy_(x)
+
+
+def capture_graph(step, pool):
+    """Record a step as a CUDA graph.
+
+    Returns:
+        The output of the step, run once before for lazy initialisations such as cuBLAS's; the graph; the
+        tensor that its replays write.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected = step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: other threads, such as NCCL's, may go on calling CUDA.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        out = step()
+    return expected, graph, out
+
+
 def filter_overlong(policy: Policy, tasks, make_env, max_len):
     """Return the tasks whose prompt leaves room for a response.
 
@@ -566,7 +714,17 @@ def filter_overlong(policy: Policy, tasks, make_env, max_len):
 class Prefix:
     """A prompt that is computed once: its keys and values serve every row that starts with `ids`."""
     ids: tuple[int, ...]
-    kv: torch.Tensor | None = None  # [L, 2, K, P, D] while it is cached
+    kv: torch.Tensor | None = None  # [L, 2, blocks, K, PREFIX_BLOCK, D] while it is cached
+
+    @property
+    def num_blocks(self):
+        return -(-len(self.ids) // PREFIX_BLOCK)
+
+    def tokens(self, layer) -> list[torch.Tensor]:
+        """Return keys and values of its tokens, [2, K, up to PREFIX_BLOCK, D] per block."""
+        *full, last = self.kv[layer].unbind(1)
+        end = len(self.ids) - len(full) * PREFIX_BLOCK
+        return [*full, last[:, :, :end]]
 
 
 @dataclass
@@ -593,52 +751,88 @@ class Extend:
             span.cache[layer, 1, :, span.start:end] = v_new[0]
             seen = span.cache[layer, :, :, :end]  # [2, K, end, D]
             if span.prefix:
-                seen = torch.cat([span.prefix.kv[layer], seen], 2)  # [2, K, P + end, D]
+                seen = torch.cat([*span.prefix.tokens(layer), seen], 2)  # [2, K, P + end, D]
             out.append(attention(q_new, seen[None, 0], seen[None, 1], scale))
         return torch.cat(out, 2)
 
 
 @dataclass
 class Decode:
-    """One new token for each of B rows. Row b uses slot b of the cache."""
+    """One new token for each of B rows. Row b uses slot b of the cache.
+
+    Prefixes lie in blocks of PREFIX_BLOCK tokens: n blocks, up to J per prefix. One product reads each block
+    once, for the up to G rows that share it; each row then gathers the scores of its own blocks. The shapes
+    depend on these sizes alone, not on which row has which prefix, so that a CUDA graph can repeat the step.
+    """
     row_kv: torch.Tensor  # [L, 2, slots, K, T, D]
+    prefix_kv: torch.Tensor  # [L, 2, n, K, PREFIX_BLOCK, D]
+    num_heads: int  # H
     pos: torch.Tensor  # [B] position in the slot that each row writes
-    padding_mask: torch.Tensor  # [B, 1, 1, T] bool, True after a row's position; T reaches the longest row
-    groups: list  # (Prefix, [b] indices of its rows)
+    prefix_lengths: torch.Tensor  # [B] tokens
+    first_block: torch.Tensor  # [B] of each row's prefix; its other blocks follow
+    block_rows: torch.Tensor  # [n, G] the rows that share each block, padded with any
+    J: int
+
+    def __post_init__(self):
+        """Compute what all layers share: the indices of the gathers, and the bias that hides padding."""
+        device = self.pos.device
+        n, G = self.block_rows.shape
+        B = len(self.pos)
+        K, T = self.row_kv.shape[3:5]
+        h = self.num_heads // K  # query heads per key head
+        number = torch.arange(self.J, device=device)  # [J] of a block in its prefix
+        queries = torch.arange(B * K * h, device=device).view(B, K, h)
+        self.to_blocks = queries[self.block_rows].transpose(1, 2).flatten(2)  # [n, K, G * h]
+        block_number = torch.arange(n, device=device) - self.first_block[self.block_rows[:, 0]]  # [n]
+        block_number = block_number.clamp(0, self.J - 1)  # unused blocks
+        self.weights_to_blocks = self.to_blocks * self.J + block_number[:, None, None]
+        row_blocks = (self.first_block[:, None] + number).clamp(max=n - 1)  # [B, J]
+        is_row = self.block_rows[self.first_block] == torch.arange(B, device=device)[:, None]  # [B, G]
+        member = is_row.long().argmax(1)  # [B]
+        results = torch.arange(n * K * G * h, device=device).view(n, K, G, h)
+        self.to_rows = results[row_blocks, :, member[:, None]].permute(0, 2, 3, 1)  # [B, K, h, J]
+        # A row with fewer than J blocks also gathers results of others: they count 0.
+        lengths = self.prefix_lengths[:, None]
+        is_block = number * PREFIX_BLOCK < lengths
+        self.is_block = is_block[:, None, None, :, None]  # [B, 1, 1, J, 1]
+        prefix_padding = torch.arange(self.J * PREFIX_BLOCK, device=device) >= lengths
+        row_padding = torch.arange(T, device=device) > self.pos[:, None]
+        padding = torch.cat([prefix_padding, row_padding], 1)[:, None, None]
+        self.bias = torch.zeros(padding.shape, device=device)  # [B, 1, 1, J * PREFIX_BLOCK + T]
+        self.bias.masked_fill_(padding, float("-inf"))
 
     def attend(self, layer, q, k, v, scale):  # q [1, H, B, D]; k, v [1, K, B, D]
-        keys, values = self.row_kv[layer]  # [slots, K, T, D] each
+        row_keys, row_values = self.row_kv[layer]  # [slots, K, T, D] each
+        prefix_keys, prefix_values = self.prefix_kv[layer]  # [n, K, PREFIX_BLOCK, D] each
         _, H, B, D = q.shape
-        K = keys.shape[1]
-        T = self.padding_mask.shape[-1]
+        K, T = row_keys.shape[1:3]
+        h = H // K
         slot = torch.arange(B, device=q.device)
-        keys[slot, :, self.pos] = k[0].transpose(0, 1)
-        values[slot, :, self.pos] = v[0].transpose(0, 1)
-        keys = keys[:B, :, :T]
-        values = values[:B, :, :T]
-        q = q[0].transpose(0, 1).reshape(B, K, H // K, D)
+        row_keys[slot, :, self.pos] = k[0].transpose(0, 1)
+        row_values[slot, :, self.pos] = v[0].transpose(0, 1)
+
+        # F.embedding gathers rows of its second argument.
+        q = q[0].transpose(0, 1).reshape(B * H, D)
+        block_q = F.embedding(self.to_blocks, q)  # [n, K, G * h, D]
+        block_scores = scores(block_q, prefix_keys.transpose(2, 3))  # [n, K, G * h, PREFIX_BLOCK]
+        prefix_scores = F.embedding(self.to_rows, block_scores.view(-1, PREFIX_BLOCK))
+        prefix_scores = prefix_scores.flatten(3)  # [B, K, h, J * PREFIX_BLOCK]
         # Written as (K q^T)^T: on a CPU three times as fast as q K^T.
-        q_columns = q.flatten(0, 1).transpose(1, 2)  # [B*K, D, H/K]
-        row_scores = scores(keys.flatten(0, 1), q_columns, scale)  # [B*K, T, H/K]
-        row_scores = row_scores.transpose(1, 2).view(B, K, H // K, T)
-        row_scores = row_scores.masked_fill(self.padding_mask, float("-inf"))
-        row_weights = q.new_empty(row_scores.shape)  # [B, K, H/K, T]
-        from_prefix = torch.empty_like(q)  # [B, K, H/K, D]
-        for prefix, rows in self.groups:  # b rows each: their prefix is read once for all of them
-            prefix_keys, prefix_values = prefix.kv[layer]  # [K, P, D] each
-            P = prefix_keys.shape[1]
-            queries = q[rows].transpose(0, 1).reshape(K, -1, D)  # [K, b*H/K, D]
-            prefix_scores = scores(queries, prefix_keys.transpose(1, 2), scale)  # [K, b*H/K, P]
-            tail = row_scores[rows].transpose(0, 1).reshape(K, -1, T)  # [K, b*H/K, T]
-            # One softmax over [prefix | slot].
-            weights = torch.cat([prefix_scores, tail], -1).softmax(-1)  # [K, b*H/K, P + T]
-            weights = weights.to(q.dtype)
-            shared = weights[..., :P] @ prefix_values  # [K, b*H/K, D]
-            from_prefix[rows] = shared.view(K, -1, H // K, D).transpose(0, 1)
-            tail = weights[..., P:]
-            row_weights[rows] = tail.view(K, -1, H // K, T).transpose(0, 1)
-        out = from_prefix + row_weights @ values  # [B, K, H/K, D]
-        return out.reshape(B, H, D).transpose(0, 1)[None]
+        q_columns = q.view(B, K, h, D).transpose(2, 3)
+        row_scores = scores(row_keys[:B], q_columns).transpose(2, 3)  # [B, K, h, T]
+
+        # One softmax over [prefix | slot].
+        both = torch.cat([prefix_scores, row_scores], -1)
+        weights = torch.add(self.bias, both, alpha=scale).softmax(-1).to(q.dtype)
+        prefix_weights, row_weights = weights.split([prefix_scores.shape[-1], T], -1)
+
+        prefix_weights = prefix_weights.reshape(-1, PREFIX_BLOCK)  # [B * H * J, PREFIX_BLOCK]
+        block_weights = F.embedding(self.weights_to_blocks, prefix_weights)  # [n, K, G * h, PREFIX_BLOCK]
+        block_out = block_weights @ prefix_values  # [n, K, G * h, D]
+        from_prefix = F.embedding(self.to_rows, block_out.view(-1, D))  # [B, K, h, J, D]
+        from_prefix = (from_prefix * self.is_block).sum(3)  # [B, K, h, D]
+        out = from_prefix + row_weights @ row_values[:B]
+        return out.view(B, H, D).transpose(0, 1)[None]
 
 
 @dataclass
@@ -687,22 +881,31 @@ def attention(q, k, v, scale):
         q, k, v, bias, is_causal=not past, scale=scale, enable_gqa=True)
 
 
-def scores(a, b, scale):
-    """Return scale * a @ b in fp32, as the kernels of `attention` keep it.
+def scores(a, b):
+    """Return a @ b in fp32, as the kernels of `attention` keep it.
 
     NOTE: the keys of Qwen2.5 have offsets of several hundred. There a step of bf16 is as large as the
     differences between keys (transformers#33317).
 
     Args:
-        a: [n, R, D].
-        b: [n, D, C].
+        a: [n, K, R, D].
+        b: [n, K, D, C].
 
     Returns:
-        [n, R, C].
+        [n, K, R, C].
     """
-    if a.dtype == torch.bfloat16 and not a.is_cpu:
-        return torch.bmm(a, b, out_dtype=torch.float32).mul_(scale)
-    return torch.bmm(a.float(), b.float()).mul_(scale)
+    if a.dtype == torch.float32:
+        return a @ b
+    size = (*a.shape[:3], b.shape[3])
+    a = a.flatten(0, 1)
+    b = b.flatten(0, 1)
+    if not a.is_cpu:
+        return torch.bmm(a, b, out_dtype=torch.float32).view(size)
+    # In pieces, so that their fp32 copies stay in the processor's cache.
+    out = a.new_empty(len(a), *size[2:], dtype=torch.float32)
+    for some_a, some_b, some_out in zip(a.split(16), b.split(16), out.split(16)):
+        torch.bmm(some_a.float(), some_b.float(), out=some_out)
+    return out.view(size)
 
 
 def _attend(module, q, k, v, attention_mask, scaling=None, layout=None, softcap=None, s_aux=None, **_):
@@ -1402,16 +1605,21 @@ def measure_gaps(policy, ids, plain):
         hidden = hidden_states(model, ids[start:end], positions[start:end], layout)
         return masked_logits(hidden, head, banned).log_softmax(-1)
 
-    prefix = Prefix(tokens[:P], prefix_kv)
-    extend(policy, [Span(prefix.ids, prefix_kv, 0)])
+    extend(policy, [Span(tokens[:P], prefix_kv, 0)])
+    block = F.pad(prefix_kv, (0, 0, 0, PREFIX_BLOCK - P))  # [L, 2, K, PREFIX_BLOCK, D]
+    prefix = Prefix(tokens[:P], block[:, :, None])
     last = len(tokens) - 1
     prefilled = logprobs(P, last, Extend([Span(tokens[P:last], row_kv, 0, prefix)]))  # [P - 1, V]
+    first = positions[:1]  # the one row, the one block
     layout = Decode(
         row_kv=row_kv[:, :, None],  # one slot
+        prefix_kv=prefix.kv,
+        num_heads=config.num_attention_heads,
         pos=positions[P - 1:P],  # P - 1 tokens of the row are cached before this one
-        padding_mask=torch.zeros(1, 1, 1, P, dtype=torch.bool, device=device),
-        groups=[(prefix, torch.zeros(1, dtype=torch.long, device=device))],
-    )
+        prefix_lengths=positions[P:P + 1],
+        first_block=first,
+        block_rows=first[None],
+        J=1)
     decoded = logprobs(last, last + 1, layout)  # [1, V]
     if prefix_kv.isnan().any() or row_kv.isnan().any():
         raise ValueError("some of its layers do not pass the layout on to their attention")
@@ -1878,6 +2086,12 @@ def number(kind: type, low, high=float("inf")):
     return parse
 
 
+def cuda_graphs(text):
+    if text == "on" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("CUDA graphs need a GPU, and torch finds none here: leave it off")
+    return text
+
+
 def add_sampling_flags(parser: argparse.ArgumentParser):
     """Add the flags of `rollout`."""
     add = parser.add_argument_group("sampling").add_argument
@@ -1895,12 +2109,16 @@ def add_sampling_flags(parser: argparse.ArgumentParser):
     add("--kv_gb", type=number(float, 0.001),
         help="KV cache budget in GiB; it determines how many rows run at once, on which in bf16 the last "
         "digits of log-probs depend (default: 4; on CUDA 0.6 of the free memory)")
+    add("--cuda_graphs", choices=("on", "off"), default="off", type=cuda_graphs,
+        help="launch each decode step as one CUDA graph, which rounds sizes up; not yet tried on a GPU "
+        "(default: %(default)s)")
 
 
 def sampling(args):
     """Return the keyword arguments of `rollout` that these flags give."""
     names = ("temperature", "max_new_tokens", "max_sampled_tokens", "max_len", "kv_gb", "reward")
-    return {name: getattr(args, name) for name in names}
+    given = {name: getattr(args, name) for name in names}
+    return {**given, "cuda_graphs": args.cuda_graphs == "on"}
 
 
 class Output:

@@ -50,6 +50,8 @@ from bfcl_eval.eval_checker.multi_turn_eval import (
 )
 from bfcl_eval.eval_checker.multi_turn_eval.func_source_code import long_context, posting_api
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoTokenizer,
     CohereConfig, Gemma2Config, Gemma3Config, Gemma3TextConfig, GPT2Config,
@@ -1082,8 +1084,7 @@ def test_a_decode_step_that_misses_a_key_is_refused(default_bf16, monkeypatch):
     attend = R.Decode.attend
 
     def attend_without_a_key(layout, *rest):
-        positions = torch.arange(layout.padding_mask.shape[-1])
-        layout.padding_mask = positions == 3
+        layout.bias[..., R.PREFIX_BLOCK + 3] = float("-inf")
         return attend(layout, *rest)
 
     monkeypatch.setattr(R.Decode, "attend", attend_without_a_key)
@@ -1142,9 +1143,10 @@ def test_real_tokenizers(tmp_path, name, call_format, tasks):
 
 
 # ---- the sampler --------------------------------------------------------------------
-SAMPLING_CASES = {  # name: (temperature, decode steps per synchronisation, limit, reason of the limit)
-    "message": (1, 1, {"max_new_tokens": 60}, "turn_tokens"),
-    "rollout": (0.7, 8, {"max_sampled_tokens": 100}, "total_tokens")
+# name: (temperature, decode steps per synchronisation, tokens per block, limit, reason of the limit)
+SAMPLING_CASES = {
+    "message": (1, 1, 256, {"max_new_tokens": 60}, "turn_tokens"),
+    "rollout": (0.7, 8, 19, {"max_sampled_tokens": 100}, "total_tokens")
 }
 
 
@@ -1152,10 +1154,11 @@ SAMPLING_CASES = {  # name: (temperature, decode steps per synchronisation, limi
 def sampled(request):
     """Play the twelve rollouts at a temperature, some of which run into a limit."""
     case, architecture = request.param
-    temperature, burst, limit, reason = SAMPLING_CASES[case]
+    temperature, burst, block, limit, reason = SAMPLING_CASES[case]
     policy = tiny_policy(architecture)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(R.DECODE_STEPS_PER_SYNC, "cpu", burst)
+        patch.setattr(R, "PREFIX_BLOCK", block)
         trajectories = play(policy, temperature=temperature, **limit)
     return types.SimpleNamespace(
         policy=policy, temperature=temperature, reason=reason, trajectories=trajectories)
@@ -1292,11 +1295,13 @@ def test_a_rollout_alone_is_the_same(reference, prefill_sizes):
     assert_same(alone, reference)
 
 
-@pytest.mark.parametrize("kv_gb, decode_steps", [(0.003, 1), (4.0, 8)])
-def test_slots_and_synchronisation_change_nothing(reference, prefill_sizes, monkeypatch, kv_gb, decode_steps):
-    """A row must not read what an earlier row left in its slot, nor keep the tokens that are drawn after its
-    end and before the host knows of it."""
+@pytest.mark.parametrize("kv_gb, decode_steps, block", [(0.003, 1, 256), (0.0022, 1, 19), (4.0, 8, 50)])
+def test_slots_and_synchronisation_change_nothing(
+        reference, prefill_sizes, monkeypatch, kv_gb, decode_steps, block):
+    """A row must not read what an earlier row left in its slot, nor a block that has moved, nor keep the
+    tokens that are drawn after its end and before the host knows of it."""
     monkeypatch.setitem(R.DECODE_STEPS_PER_SYNC, "cpu", decode_steps)
+    monkeypatch.setattr(R, "PREFIX_BLOCK", block)
 
     again = play_again(kv_gb=kv_gb)
 
@@ -1404,6 +1409,150 @@ def test_a_cache_for_less_than_one_conversation_is_refused():
     """A cache in which no row fits would wait forever."""
     with pytest.raises(BfclError, match="--kv_gb 0.001.*--max_len 8000"):
         play(tiny_policy(), kv_gb=0.001, max_len=8000)
+
+
+class Tape(TorchDispatchMode):
+    """Record operations; `replay` repeats them on the same memory, as a CUDA graph does.
+
+    Like a capture it fails where the host reads a tensor.
+    """
+    HOST_READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []  # (function, args, kwargs, result), without views
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in self.HOST_READS, function
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        read = {x.untyped_storage().data_ptr() for x in tensors_of((args, kwargs))}
+        is_view = all(x.untyped_storage().data_ptr() in read for x in tensors_of(out))
+        if function._schema.is_mutable or not is_view:
+            self.operations.append((function, args, kwargs, out))
+        return out
+
+    def replay(self):
+        for function, args, kwargs, out in self.operations:
+            again = function(*args, **kwargs)
+            if not function._schema.is_mutable:
+                for x, y in zip(tensors_of(out), tensors_of(again), strict=True):
+                    x.copy_(y)
+
+
+def tensors_of(tree):
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def capture_on_a_tape(step, pool):
+    """Stand in for `rollout.capture_graph`, where a capture does not change the step's arguments."""
+    before = {name: copy.deepcopy(x) for name, x in step.keywords.items()}
+    expected = step()
+    R.copy_tensors(before, step.keywords)
+    tape = Tape()
+    with tape:
+        out = step()
+    return expected, tape, out
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Let tapes stand in for CUDA graphs; return the list of what was captured."""
+    captures = []
+
+    def capture(step, pool):
+        captures.append(capture_on_a_tape(step, pool))
+        return captures[-1]
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(R, "capture_graph", capture)
+    monkeypatch.setattr(R.DecodeGraphs, "failed", False)
+    monkeypatch.setattr(R, "PREFIX_BLOCK", 19)
+    rounded = R.Sampler._rounded
+    monkeypatch.setattr(
+        R.Sampler, "_rounded",
+        lambda sampler, count, unit, largest: rounded(sampler, count, max(2, unit // 8), largest))
+    return captures
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("decode_steps", [1, 8])
+def test_a_graph_changes_nothing(captured, monkeypatch, decode_steps, temperature):
+    """A number that the host decides anew per step, and that is no argument of the graph, stays what it was
+    when the graph was captured; rows and blocks that only round sizes up must not be read."""
+    monkeypatch.setitem(R.DECODE_STEPS_PER_SYNC, "cpu", decode_steps)
+    expected = play(tiny_policy(), temperature=temperature, kv_gb=0.02)
+
+    again = play(tiny_policy(), temperature=temperature, kv_gb=0.02, cuda_graphs=True)
+
+    assert 1 < len(captured) < R.MAX_GRAPHS
+    for t, u in zip(again, expected, strict=True):
+        assert (t.ids, t.loss_mask, t.reason) == (u.ids, u.loss_mask, u.reason)
+        assert np.allclose(t.logprobs, u.logprobs, atol=2e-6, rtol=0)
+
+
+def recorded_step(names):
+    """Return [(operation, shapes)] of a decode step of one row per name; equal names share their prompt."""
+    sampler = R.Sampler(tiny_policy())
+    sampler.add_requests([ToyEnv(name) for name in names], ["high"] * len(names), [(0, 0)] * len(names))
+    sampler.admit()
+    sampler.prefill()
+    tensors, sizes = sampler._decode_state(1)
+    tape = Tape()
+    with tape:
+        sampler._decode_step(**sizes, **tensors)
+    recorded = []
+    for function, args, kwargs, out in tape.operations:
+        shapes = [x.shape for x in tensors_of((args, kwargs, out))]
+        recorded.append((str(function), shapes))
+    return recorded
+
+
+@torch.inference_mode()
+def test_the_shapes_of_a_step_do_not_depend_on_who_shares():
+    """A CUDA graph that was captured for other groups of the same sizes would be useless."""
+    assert recorded_step("aabb") == recorded_step("abab")
+    assert recorded_step("aabb") != recorded_step("abcd")
+
+
+@torch.inference_mode()
+def test_more_prefixes_need_no_more_operations():
+    """On a GPU each operation is a launch: a loop over prefixes keeps it waiting for the host."""
+    assert len(recorded_step("aabbccdd")) == len(recorded_step("aaaaaaaa"))
+
+
+def failing_capture(step, pool):
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def wrong_capture(step, pool):
+    expected, tape, out = capture_on_a_tape(step, pool)
+    return expected + 1, tape, out
+
+
+@pytest.mark.parametrize("capture", [failing_capture, wrong_capture])
+def test_sampling_goes_on_without_graphs(captured, monkeypatch, capsys, capture):
+    """A run must neither end, nor go on with other numbers, where a GPU or a model does not allow graphs."""
+    monkeypatch.setattr(R, "capture_graph", capture)
+    expected = play(tiny_policy(), [0, 1, 4])
+
+    first = play(tiny_policy(), [0, 1, 4], cuda_graphs=True)
+    second = play(tiny_policy(), [0, 1, 4], cuda_graphs=True)
+
+    assert_same(first, expected)
+    assert_same(second, expected)
+    assert capsys.readouterr().err.count("no CUDA graph") == 1
+
+
+def test_the_number_of_graphs_is_bounded(captured, monkeypatch):
+    """Rollouts of ever new shapes would spend their time, and the memory, on graphs."""
+    monkeypatch.setattr(R, "MAX_GRAPHS", 1)
+    expected = play(tiny_policy())
+
+    again = play(tiny_policy(), cuda_graphs=True)
+
+    assert len(captured) == 1
+    assert_same(again, expected)
 
 
 def head_product(hidden, head):
