@@ -1071,7 +1071,7 @@ def validate(policy, tasks, reward_tokens, make_env, args, distributed):
 # affect the training.
 IGNORED_ON_RESUME = ("out", "model", "rollouts", "save_every", "save_total_limit", "tracker", "export")
 # These may change too: they decide about memory, and change results by rounding only. Each change is noted.
-ROUNDING = ("tokens_per_microbatch", "gradient_checkpointing", "kv_gb")
+ROUNDING = ("tokens_per_microbatch", "gradient_checkpointing", "kv_gb", "cuda_graphs")
 # The metrics on the console and in curves.png. Metric names follow TRL and verl; rc/ is this project's own.
 CONSOLE_METRICS = (
     "loss", "reward", "rc/reward_high", "rc/reward_low",

@@ -4437,6 +4437,7 @@ MISTAKES = {
     "eval_bfcl.py --ckpt .": "no model at",
     "sft_rctp.py --tasks base_999": "unknown task 'base_999'",
     "eval_bfcl.py": "give one of --ckpt",
+    "eval_bfcl.py --cuda_graphs on": "need a GPU, and torch finds none",
     "sft_rctp.py --tracker wandb": "pip install wandb",
     "rl_rcgrpo.py --model .": "no stage 1 checkpoint",
     "sft_rctp.py --protocol paper": "--reward paper",

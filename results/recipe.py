@@ -32,6 +32,11 @@ SHARED = f"--tool_docs full --max_len {MAX_LEN} --tokens_per_microbatch {MAX_LEN
 MFU = 0.26  # the rate of training relative to that of large matrix products: `bench.py train`
 DECODE = 1.5  # time of a decode step relative to its matrix products alone: `bench.py sampler`
 RECOMPUTED = 4 / 3  # gradient checkpointing runs the forward pass twice
+SLIM_LEN = 8192
+SLIM = f"--tool_docs slim --max_len {SLIM_LEN} --tokens_per_microbatch 16384"
+LAUNCHES = 1631  # kernels of a decode step at Qwen2.5-7B's shape, counted in a trace; any number of prompts
+LAUNCH_SECONDS = 18e-6  # of the host per launch, with Python around it: an assumption
+KERNEL_SECONDS = 2.5e-6  # that a small kernel takes at least inside a CUDA graph: an assumption
 
 
 @dataclass
@@ -74,10 +79,10 @@ def write_stand_in(folder):
     config.save_pretrained(folder)
 
 
-def plan(ranks, *flags):
+def plan(ranks, *flags, shared=SHARED):
     """Return the result of `bench.py plan` without its printed lines."""
     with contextlib.redirect_stdout(io.StringIO()):
-        return bench.bench_plan(["--ranks", str(ranks), *flags, *SHARED.split()])
+        return bench.bench_plan(["--ranks", str(ranks), *flags, *shared.split()])
 
 
 @dataclass
@@ -89,8 +94,8 @@ class Typical:
     flops: float
 
 
-def typical_conversation(folder, group_size) -> Typical:
-    args = sft_rctp.parse_args(["--model", folder, *SHARED.split()])
+def typical_conversation(folder, group_size, shared=SHARED) -> Typical:
+    args = sft_rctp.parse_args(["--model", folder, *shared.split()])
     policy = rollout.load_policy(folder, torch.float32, "meta", weights=False)
     make_env = make_env_fn(args, policy.call_format(args.call_format))
     tasks = select_tasks(args)[::18]
@@ -170,6 +175,43 @@ def print_prediction(cards, plan1, plan2, typical, updates, stage2, num_test):
           f"disk: {disk:.0f} GB")
 
 
+def print_slim_step(folder):
+    """Print an estimate of one step of stage 2 on one card: slim docs, 8 messages of 75 tokens."""
+    cards = CARDS[0]
+    prompts = 52
+    group_size = 5
+    step = f"--prompts_per_step {prompts} --group_size {group_size}"
+    planned = plan(1, "--stage", "2", "--model", folder, *step.split(), shared=SLIM)
+    typical = typical_conversation(folder, group_size, shared=SLIM)
+    tail = 8 * (75 + 80)  # results of 80 tokens
+    rollouts = prompts * group_size
+
+    parts = planned["bytes"]
+    token = parts["KV cache"] / SLIM_LEN  # bytes
+    weights = parts["rollout / reference copy"]
+    free = cards.gib * 2**30 - parts["masters (fp32)"] - parts["AdamW moments"] - weights
+    live = int(0.6 * free / token / (SLIM_LEN - typical.prefix + typical.prefix / group_size))
+    steps = math.ceil(rollouts / live) * 8 * 75
+    read = weights + live * token * (typical.prefix / group_size + tail / 2)
+    floor = read / cards.bandwidth
+    host = LAUNCHES * LAUNCH_SECONDS
+    graph = DECODE * floor + LAUNCHES * KERNEL_SECONDS
+
+    rate = MFU * cards.flops
+    N = planned["parameters"]
+    prefilled = prompts * typical.prefix + rollouts * 8 * 80
+    trained = prompts * (typical.prefix + group_size * tail)
+    prefill = 2 * N * prefilled / rate
+    reference = 2 * N * trained / rate
+    print(f"\n## One step of stage 2 on one H200, ESTIMATED: {prompts} tasks x {group_size}, slim docs\n\n"
+          f"a decode step of {live} rows: {LAUNCHES} launches, {1000 * host:.0f} ms of the host; as a CUDA "
+          f"graph {1000 * graph:.0f} ms; its bytes take {1000 * floor:.1f} ms\n"
+          f"rollouts, {steps} decode steps: {steps * host + prefill:.0f} s, with CUDA graphs "
+          f"{steps * graph + prefill:.0f} s; {prefill:.0f} s of it are prompts and results\n"
+          f"reference {reference:.0f} s; update {4 * reference:.0f} s\n"
+          f"memory: {planned['peak_bytes'] / 2**30:.0f} of {cards.gib} GiB")
+
+
 def main():
     stage1 = sft_rctp.parse_args([])  # presets and defaults
     stage2 = rl_rcgrpo.parse_args([])
@@ -183,6 +225,7 @@ def main():
         for cards in CARDS:
             plans.append([plan(cards.count, "--stage", stage, "--model", folder) for stage in "12"])
         typical = typical_conversation(folder, stage2.group_size)
+        print_slim_step(folder)
     print(f"Stage 1: {updates} updates; stage 2: {stage2.steps} steps of {stage2.prompts_per_step} x "
           f"{stage2.group_size} rollouts; evaluation: {num_test} tasks x 4 rollouts x 3 tokens x 2 "
           "checkpoints.\n"
