@@ -124,7 +124,7 @@ given = functools.partial(  # the parsed flags of both stages
     beta=0, clip_eps=0.2, update_epochs=1,
     dynamic_sampling=0, temperature=1.0,
     max_new_tokens=30, max_sampled_tokens=300,
-    kv_gb=1.0, max_len=2000, tokens_per_microbatch=8192,
+    kv_gb=1.0, cuda_graphs="off", max_len=2000, tokens_per_microbatch=8192,
     lr=1e-2, gradient_checkpointing="auto",
     save_total_limit=1, save_every=0, tracker="none", export=None
 )
@@ -200,7 +200,8 @@ class ToyEnv:
         self.received = []
 
     def messages(self):
-        system = f"You are a calculator of kind {self.id[0]}. " * 3
+        # Prompts of different lengths: 3 sentences for a, 4 for b, 2 for c.
+        system = f"You are a calculator of kind {self.id[0]}. " * (2 + ord(self.id[0]) % 3)
         return [message("system", system), message("user", f"Add up {self.id}.")]
 
     def step(self, text):
@@ -1053,22 +1054,37 @@ def test_large_keys_are_served_in_bf16(bias):
 def test_scores_are_fp32_on_a_gpu():
     """Scores of queries and keys that are rounded to bf16 lose the differences between Qwen2.5's keys."""
     # The meta device takes the path of a GPU.
-    keys = torch.empty(6, 5, 4, dtype=torch.bfloat16, device="meta")
+    keys = torch.empty(6, 3, 5, 4, dtype=torch.bfloat16, device="meta")
 
-    scores = R.scores(keys, keys.transpose(1, 2), 1.0)
+    scores = R.scores(keys, keys.transpose(2, 3))
 
     assert scores.dtype == torch.float32
+    assert scores.shape == (6, 3, 5, 5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_are_exact(dtype):
+    """On a CPU it is computed in pieces: one in the wrong place gives a row the scores of another."""
+    torch.manual_seed(0)
+    queries = torch.randn(7, 5, 4, 8).to(dtype)
+    keys = torch.randn(7, 5, 9, 8).to(dtype)
+
+    scores = R.scores(queries, keys.transpose(2, 3))
+
+    assert scores.dtype == torch.float32
+    exact = queries.double() @ keys.double().transpose(2, 3)
+    assert torch.allclose(scores.double(), exact, atol=1e-5)
 
 
 def test_scores_in_bf16_are_refused(monkeypatch):
     """A check at loading that accepts rounded scores lets sampler and trainer differ."""
-    def rounded_scores(a, b, scale):
-        return (a @ b).float() * scale
+    def rounded_scores(a, b):
+        return (a @ b).float()
 
     monkeypatch.setattr(R, "scores", rounded_scores)
 
     with pytest.raises(BfclError, match="decode step are off by"):
-        large_keys(torch.bfloat16)
+        large_keys(torch.bfloat16, bias=1.0)
 
 
 def test_one_kernel_for_both_forwards(default_fp32):
@@ -1385,7 +1401,8 @@ def test_the_cache_stays_within_its_budget(monkeypatch):
 
     def watched(sampler):
         cached = sampler.cached_prefixes
-        sizes.append(sampler.row_kv.nbytes + sum(prefix.kv.nbytes for prefix in cached))
+        assert set(cached) == {row.prefix for row in sampler.live}, "a decode step reads all of them"
+        sizes.append(sampler.row_kv.nbytes + sampler.prefix_kv.nbytes)
         live.append(len(sampler.live))
         prefixes.append(len(cached))
         return decode(sampler)
