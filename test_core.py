@@ -1160,9 +1160,10 @@ def test_real_tokenizers(tmp_path, name, call_format, tasks):
 
 # ---- the sampler --------------------------------------------------------------------
 # name: (temperature, decode steps per synchronisation, tokens per block, limit, reason of the limit)
+# The prefixes have 106, 138 and 170 ids: 2 full blocks of 53, or parts of 3 and 4.
 SAMPLING_CASES = {
     "message": (1, 1, 256, {"max_new_tokens": 60}, "turn_tokens"),
-    "rollout": (0.7, 8, 19, {"max_sampled_tokens": 100}, "total_tokens")
+    "rollout": (0.7, 8, 53, {"max_sampled_tokens": 100}, "total_tokens")
 }
 
 
@@ -1431,16 +1432,23 @@ def test_a_cache_for_less_than_one_conversation_is_refused():
 class Tape(TorchDispatchMode):
     """Record operations; `replay` repeats them on the same memory, as a CUDA graph does.
 
-    Like a capture it fails where the host reads a tensor.
+    Like a capture it fails where the host reads a tensor or makes one from numbers of its own.
     """
-    HOST_READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+    REFUSED = (  # the host reads or writes the GPU
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten.masked_select.default,
+        torch.ops.aten.equal.default,
+        torch.ops.aten.lift_fresh.default,
+    )
 
     def __init__(self):
         super().__init__()
         self.operations = []  # (function, args, kwargs, result), without views
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function not in self.HOST_READS, function
+        assert function not in self.REFUSED, function
+        assert "index" not in str(function) or not any(x.dtype == torch.bool for x in tensors_of(args[1]))
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
         read = {x.untyped_storage().data_ptr() for x in tensors_of((args, kwargs))}
@@ -1463,9 +1471,10 @@ def tensors_of(tree):
 
 def capture_on_a_tape(step, pool):
     """Stand in for `rollout.capture_graph`, where a capture does not change the step's arguments."""
-    before = {name: copy.deepcopy(x) for name, x in step.keywords.items()}
+    tensors = {name: x for name, x in step.keywords.items() if isinstance(x, torch.Tensor)}
+    before = copy.deepcopy(tensors)
     expected = step()
-    R.copy_tensors(before, step.keywords)
+    R.copy_tensors(before, tensors)
     tape = Tape()
     with tape:
         out = step()
@@ -1474,7 +1483,7 @@ def capture_on_a_tape(step, pool):
 
 @pytest.fixture
 def captured(monkeypatch):
-    """Let tapes stand in for CUDA graphs; return the list of what was captured."""
+    """Let tapes stand in for CUDA graphs; return the list of captures."""
     captures = []
 
     def capture(step, pool):
@@ -1542,12 +1551,25 @@ def failing_capture(step, pool):
     raise RuntimeError("operation not permitted when stream is capturing")
 
 
-def wrong_capture(step, pool):
+def other_ids(step, pool):
     expected, tape, out = capture_on_a_tape(step, pool)
-    return expected + 1, tape, out
+    expected[0] += 1
+    return expected, tape, out
 
 
-@pytest.mark.parametrize("capture", [failing_capture, wrong_capture])
+def other_logprobs(step, pool):
+    expected, tape, out = capture_on_a_tape(step, pool)
+    expected[1] += 0.01
+    return expected, tape, out
+
+
+def no_logprobs(step, pool):
+    expected, tape, out = capture_on_a_tape(step, pool)
+    expected[1] = float("nan")
+    return expected, tape, out
+
+
+@pytest.mark.parametrize("capture", [failing_capture, other_ids, other_logprobs, no_logprobs])
 def test_sampling_goes_on_without_graphs(captured, monkeypatch, capsys, capture):
     """A run must neither end, nor go on with other numbers, where a GPU or a model does not allow graphs."""
     monkeypatch.setattr(R, "capture_graph", capture)
@@ -1559,6 +1581,32 @@ def test_sampling_goes_on_without_graphs(captured, monkeypatch, capsys, capture)
     assert_same(first, expected)
     assert_same(second, expected)
     assert capsys.readouterr().err.count("no CUDA graph") == 1
+
+
+def test_no_graph_is_used_after_a_failure(captured, monkeypatch):
+    """With a graph that fails torch frees the workspace of those before: they would read freed memory."""
+    replays = []
+    capture = R.capture_graph
+    replay = Tape.replay
+
+    def second_fails(step, pool):
+        if captured:
+            replays.clear()
+            raise RuntimeError("out of memory")
+        return capture(step, pool)
+
+    def watched(tape):
+        replays.append(tape)
+        replay(tape)
+
+    monkeypatch.setattr(R, "capture_graph", second_fails)
+    monkeypatch.setattr(Tape, "replay", watched)
+
+    play(tiny_policy(), cuda_graphs=True)
+
+    assert len(captured) == 1
+    assert R.DecodeGraphs.failed
+    assert not replays
 
 
 def test_the_number_of_graphs_is_bounded(captured, monkeypatch):

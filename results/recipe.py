@@ -4,7 +4,8 @@
 
 Memory is that of `bench.py plan`, for a model of Qwen2.5-7B's shape and conversations of full length. Hours
 are for conversations made of the gold calls, with the default model's tokenizer and template. No rate was
-measured on a GPU: two ratios measured on a CPU are applied to the figures of the datasheets.
+measured on a GPU: two ratios measured on a CPU are applied to the figures of the datasheets. One step of
+stage 2 with slim docs comes first; its times per launch are assumptions.
 """
 import contextlib
 import io
@@ -34,7 +35,11 @@ DECODE = 1.5  # time of a decode step relative to its matrix products alone: `be
 RECOMPUTED = 4 / 3  # gradient checkpointing runs the forward pass twice
 SLIM_LEN = 8192
 SLIM = f"--tool_docs slim --max_len {SLIM_LEN} --tokens_per_microbatch 16384"
-LAUNCHES = 1631  # kernels of a decode step at Qwen2.5-7B's shape, counted in a trace; any number of prompts
+# Per rollout, in the estimate of one step.
+MESSAGES = 8
+SAMPLED = 75  # tokens per message
+RESULT = 80  # tokens of results per message
+LAUNCHES = 1617  # kernels of a decode step at Qwen2.5-7B's shape, counted in a trace; any number of prompts
 LAUNCH_SECONDS = 18e-6  # of the host per launch, with Python around it: an assumption
 KERNEL_SECONDS = 2.5e-6  # that a small kernel takes at least inside a CUDA graph: an assumption
 
@@ -176,14 +181,14 @@ def print_prediction(cards, plan1, plan2, typical, updates, stage2, num_test):
 
 
 def print_slim_step(folder):
-    """Print an estimate of one step of stage 2 on one card: slim docs, 8 messages of 75 tokens."""
+    """Print an estimate of one step of stage 2 on one card with slim docs."""
     cards = CARDS[0]
     prompts = 52
     group_size = 5
     step = f"--prompts_per_step {prompts} --group_size {group_size}"
     planned = plan(1, "--stage", "2", "--model", folder, *step.split(), shared=SLIM)
     typical = typical_conversation(folder, group_size, shared=SLIM)
-    tail = 8 * (75 + 80)  # results of 80 tokens
+    tail = MESSAGES * (SAMPLED + RESULT)
     rollouts = prompts * group_size
 
     parts = planned["bytes"]
@@ -191,7 +196,7 @@ def print_slim_step(folder):
     weights = parts["rollout / reference copy"]
     free = cards.gib * 2**30 - parts["masters (fp32)"] - parts["AdamW moments"] - weights
     live = int(0.6 * free / token / (SLIM_LEN - typical.prefix + typical.prefix / group_size))
-    steps = math.ceil(rollouts / live) * 8 * 75
+    steps = math.ceil(rollouts / live) * MESSAGES * SAMPLED
     read = weights + live * token * (typical.prefix / group_size + tail / 2)
     floor = read / cards.bandwidth
     host = LAUNCHES * LAUNCH_SECONDS
@@ -199,7 +204,7 @@ def print_slim_step(folder):
 
     rate = MFU * cards.flops
     N = planned["parameters"]
-    prefilled = prompts * typical.prefix + rollouts * 8 * 80
+    prefilled = prompts * typical.prefix + rollouts * MESSAGES * RESULT
     trained = prompts * (typical.prefix + group_size * tail)
     prefill = 2 * N * prefilled / rate
     reference = 2 * N * trained / rate
