@@ -4457,6 +4457,18 @@ def test_the_example_runs(documented):
     assert "'grad_norm': " in documented[0]
 
 
+@only_in_full
+def test_the_gpu_probe_gives_figures(tmp_path):
+    """A probe that fails for another reason than the GPU's wastes the minutes that a GPU is at hand."""
+    subprocess.run(
+        [sys.executable, "results/gpu_probe.py"], cwd=HERE, env={**os.environ, "OUT": str(tmp_path)}, check=True)
+
+    lines = lines_of(tmp_path / "probe.jsonl")
+    assert len(lines) == 12
+    for line in lines:
+        assert "error" not in line and "left_out" not in line, line
+
+
 def test_the_recipe_for_7b_fits(documented):
     """A plan that forgets one copy of the weights (masters, moments, gradients, full copies) is too small."""
     assert documented[1].count("planned peak 133 of 140 GiB") == 2
