@@ -4460,8 +4460,8 @@ def test_the_example_runs(documented):
 @only_in_full
 def test_the_gpu_probe_gives_figures(tmp_path):
     """A probe that fails for another reason than the GPU's wastes the minutes that a GPU is at hand."""
-    subprocess.run(
-        [sys.executable, "results/gpu_probe.py"], cwd=HERE, env={**os.environ, "OUT": str(tmp_path)}, check=True)
+    environment = {**os.environ, "OUT": str(tmp_path)}
+    subprocess.run([sys.executable, "results/gpu_probe.py"], cwd=HERE, env=environment, check=True)
 
     lines = lines_of(tmp_path / "probe.jsonl")
     assert len(lines) == 12

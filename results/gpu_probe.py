@@ -78,7 +78,7 @@ if not ARGS.child:
     run_all(ARGS.only.split(","), ARGS.budget)
     sys.exit()
 
-# ---- The child process: helpers ----------------------------------------------------------------------------
+# ---- The child process: functions that sections share ------------------------------------------------------
 sys.path.insert(0, str(ROOT))
 import torch
 import torch.nn.functional as F
