@@ -444,10 +444,9 @@ class Sampler:
         steps = self._steps_until_sync()
         state, sizes = self._decode_state(steps)
         step = functools.partial(self._decode_step, **sizes)
+        run = functools.partial(step, **state)
         if self.graphs:
-            run = self.graphs.get(step, state)
-        else:
-            run = functools.partial(step, **state)
+            run = self.graphs.get(step, state) or run
         outputs = [run() for _ in range(steps)]
         outputs = torch.stack(outputs)[:, :, :len(self.live)].cpu()  # [steps, 2, B] the one copy to the host
         if outputs.isnan().any():
@@ -637,7 +636,7 @@ class DecodeGraphs:
         self.pool = None  # memory that all graphs share
 
     def get(self, step, state):
-        """Return a function that runs the step from this state, as a graph where that is possible.
+        """Return a function that runs the step from this state as a graph, or None if there is no graph.
 
         Args:
             step: a partial of `Sampler._decode_step` with its sizes.
@@ -652,9 +651,9 @@ class DecodeGraphs:
                 # NOTE: torch frees the cuBLAS workspace of all graphs with the failed one (pytorch#193402).
                 self.graphs.clear()
                 reason = str(error.__context__ or error).partition("\n")[0]
-                print(f"no CUDA graphs of decode steps ({reason}): sampling goes on without", file=sys.stderr)
+                print(f"no CUDA graphs for decode steps ({reason}): sampling stays eager", file=sys.stderr)
         if shapes not in self.graphs:
-            return functools.partial(step, **state)
+            return None
         own, replay = self.graphs[shapes]
         copy_tensors(state, own)
         return replay
