@@ -4,7 +4,7 @@
 
 Every section is a process of its own, so that one that crashes or hangs costs no other. Its line of JSON also
 goes to probe.jsonl in the folder of the environment variable OUT, or in probe_out/. A section whose estimate
-exceeds the rest of the budget is left out. Without a GPU the same code runs with tiny shapes, as a test of it.
+exceeds the rest of the budget is left out. Without a GPU the same code runs with tiny shapes, as a test.
 """
 import argparse
 import functools
