@@ -23,8 +23,8 @@ $(VENV)/installed: requirements.txt
 demo: $(VENV)/installed
 	@$(RUN) bench.py demo
 	rm -rf runs/demo
-	$(TORCHRUN) sft_rctp.py $(DEMO) --out runs/demo/sft --epochs 12 --batch_size 2 --reward_token_dropout 0 --eval_every 0
-	$(TORCHRUN) rl_rcgrpo.py $(DEMO) --model runs/demo/sft/model --out runs/demo/rl --steps 1 --prompts_per_step 2 --group_size 4 --eval_every 0
+	$(TORCHRUN) sft_rctp.py $(DEMO) --out runs/demo/sft --epochs 12 --batch_size 2 --lr 5e-5 --reward_token_dropout 0 --eval_every 0
+	$(TORCHRUN) rl_rcgrpo.py $(DEMO) --model runs/demo/sft/model --out runs/demo/rl --steps 1 --prompts_per_step 2 --group_size 4 --lr 1e-5 --beta 0.05 --eval_every 0
 	$(RUN) eval_bfcl.py $(DEMO) --ckpt runs/demo/sft/model runs/demo/rl/model --reward_tokens high,low --samples 11 \
 		--out runs/demo/eval
 

@@ -619,7 +619,7 @@ def bench_step() -> dict:
             flags = (
                 f"--model {folder}/model --out {folder}/{G} --tasks {task.id} --tool_docs slim --steps 1 "
                 f"--prompts_per_step 1 --group_size {G} --max_new_tokens {TOKENS + 1} --max_len 4096 "
-                "--tokens_per_microbatch 16384 --save_every 0 --eval_every 0")
+                "--lr 1e-5 --beta 0.05 --tokens_per_microbatch 16384 --save_every 0 --eval_every 0")
             sys.argv = ["rl_rcgrpo.py", *flags.split()]
             rl.main()
             with open(f"{folder}/{G}/metrics.jsonl") as f:
@@ -720,7 +720,7 @@ def planned_bytes(policy, args, packs, stage2, ranks, device):
         "activations": max(activations(layout) for layout, _ in packs),
     }
     sampling = {}
-    if stage2 or args.eval_every:
+    if stage2 or args.eval_every or args.failures == "sampled":
         one_conversation = 2 * width * L * kv_width * min(args.max_len, policy.max_len) / GIB
         # On CUDA the cache takes the memory that is left by default, and at least one conversation.
         kv = args.kv_gb or (one_conversation if cuda else 4)

@@ -223,6 +223,8 @@ def arm_name(stage_info) -> str | None:
     arm = {"sft": "SFT", "mixed": "mixed-data SFT", "rctp": "RCTP-FT"}[stage_info.arm]  # the paper's names
     if stage_info.data_source == "rollouts":
         arm += " on own rollouts"
+    if stage_info.data_source == "sampled":
+        arm += " with sampled failures"
     if stage_info.stage == "rcgrpo":
         arm += {"mixed": " + RC-GRPO",
                 "high": " + GRPO (high token)",
@@ -230,6 +232,8 @@ def arm_name(stage_info) -> str | None:
                 "none": " + GRPO (no token)"}[stage_info.reward_tokens]
         if stage_info.advantage != "group":
             arm += f", {stage_info.advantage} advantage"
+        if stage_info.ratio == "trajectory":
+            arm += ", trajectory ratio"
         if stage_info.dynamic_sampling:
             arm += ", dynamic sampling"
     return arm

@@ -17,9 +17,11 @@ One step:
        minimise -E[ 1/G sum_j min(rho_j A_j, clip(rho_j, 1 - clip_eps, 1 + clip_eps) A_j)
                     - beta KL(pi || pi_ref) ]                                                  (Eq. 8, 9)
 
-Choices where the paper is silent: the ratio rho is per token; the loss is averaged over the tokens of a
-rollout, then over rollouts; batch size is counted in rollouts. With one update per batch rho is 1 and
-clipping has no effect; from --update_epochs 2 on it has. --advantage and --dynamic_sampling implement other
+The ratio rho is per token by default, pi / pi_old as in GRPO, and the loss is averaged over the tokens of a
+rollout, then over rollouts. With one update per batch rho is then 1 and clipping has no effect; from
+--update_epochs 2 on it has. Algorithm 1 prints another ratio, --ratio trajectory: pi(tau_j) / pi_ref(tau_j),
+one per rollout, against the reference; it clips from the second step on. The paper does not say what its
+batch size counts: here rollouts. --advantage and --dynamic_sampling implement other
 fixes for zero-std groups, so that they can be compared under equal conditions.
 
 Axes: S tasks, G rollouts per group, B rollouts, M loss positions of a pack.
@@ -52,6 +54,7 @@ from sft_rctp import (TrainLoop, begin_run, check_and_record_settings, epoch_shu
                       optimizer_step, pad_packs, shard_model, synced_time, validate, validation_tasks)
 
 ADVANTAGES = ("group", "within_reward_token", "mean_only", "sign", "virtual_success")
+RATIOS = ("per_token", "trajectory")
 
 
 # ---- The maths: pure functions -----------------------------------------------------------------------------
@@ -168,7 +171,8 @@ def main():
     sha256 = distributed.broadcast(sha256)
     check_and_record_settings(out, distributed, {"reference": sha256, "compute": str(dtype)})
     model, optimizer = shard_model(trainer_policy, args, dtype, distributed)
-    reference = offload_shards(model, dtype) if args.beta else {}
+    needs_reference = args.beta > 0 or args.ratio == "trajectory"
+    reference = offload_shards(model, dtype) if needs_reference else {}
     loop = TrainLoop(out, args, model, optimizer, args.steps, distributed)
     loop.resume()  # NOTE: after `offload_shards`, else the resumed weights would become the KL reference
     cursor = loop.state.setdefault("cursor", 0)  # tasks that were drawn so far
@@ -194,7 +198,7 @@ def main():
         assign_advantages(packs, groups, args)
 
         # step 4: load the reference's weights into the full copy and compute its log-probs
-        if args.beta:
+        if reference:
             load_full_weights(sampler_policy.model, model, reference)
             compute_ref_logp(sampler_policy, packs, args.temperature)
         free_weights(sampler_policy.model)
@@ -231,6 +235,7 @@ def stage2_info(policy, tasks, rollouts, args):
             "stage": "rcgrpo",
             "reward_tokens": args.reward_tokens,
             "advantage": args.advantage,
+            "ratio": args.ratio,
             "dynamic_sampling": args.dynamic_sampling,
             "rollouts": rollouts,
             "tasks": sorted(trained_on)}
@@ -254,8 +259,9 @@ def update_policy(model, optimizer, packs: list[Pack], banned, args, distributed
             logp, entropy = model.token_logprobs(p, banned, args.temperature, entropy=True)  # [M] each
             if epoch == 0:
                 p.old_logp = logp.detach()
+            owners = p.owners if args.ratio == "trajectory" else None
             loss, stats = policy_loss(
-                logp, p.old_logp, p.ref_logp, p.advantage, p.weight, args.clip_eps, args.beta)
+                logp, p.old_logp, p.ref_logp, p.advantage, p.weight, args.clip_eps, args.beta, owners)
             gap = (p.old_logp - p.sampled_logp).abs()  # [M] between trainer and sampler
             if len(gap):
                 largest_gap = max(largest_gap, gap.max().item())
@@ -278,7 +284,7 @@ def update_policy(model, optimizer, packs: list[Pack], banned, args, distributed
             "sampling/sampling_logp_difference/max": largest_gap}
 
 
-def policy_loss(logp, old_logp, ref_logp, advantages, weights, clip_eps=0.2, beta=0.1):
+def policy_loss(logp, old_logp, ref_logp, advantages, weights, clip_eps=0.2, beta=0.1, owners=None):
     """Return the clipped loss with its KL penalty: the sum over positions of weight * (beta KL - surrogate).
 
     KL is the k3 estimator exp(d) - d - 1 with d = ref_logp - logp: never negative, 0 where both agree
@@ -286,12 +292,17 @@ def policy_loss(logp, old_logp, ref_logp, advantages, weights, clip_eps=0.2, bet
 
     Args:
         logp: [M], with gradient.
-        old_logp, ref_logp, advantages, weights: [M] each; ref_logp may be None where beta is 0.
+        old_logp, ref_logp, advantages, weights: [M] each; ref_logp may be None where neither the KL nor the
+            ratio needs it.
+        owners: [M], for --ratio trajectory: the rollout of each position.
 
     Returns:
         The loss and a dict of [M] tensors for the log.
     """
-    ratio = (logp - old_logp).exp()  # [M] rho
+    log_ratio = logp - old_logp  # [M]
+    if owners is not None:
+        log_ratio = trajectory_log_ratio(logp, ref_logp, owners)  # [M]
+    ratio = log_ratio.exp()  # [M] rho
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
     kl = torch.zeros_like(logp)
@@ -305,6 +316,20 @@ def policy_loss(logp, old_logp, ref_logp, advantages, weights, clip_eps=0.2, bet
     return loss, {"kl": kl.detach(),
                   "clip_ratio/low_mean": clipped_low,
                   "clip_ratio/high_mean": clipped_high}
+
+
+def trajectory_log_ratio(logp, ref_logp, owners):
+    """Return log pi(tau_j) / pi_ref(tau_j) of the rollout j of each position (Algorithm 1), within +-20.
+
+    Beyond 20, where exp is large, the ratio has no gradient. A rollout lies in one pack, so its positions are
+    all here.
+
+    Returns:
+        [M], the same value at all positions of a rollout.
+    """
+    _, rollouts = owners.unique(return_inverse=True)  # [M], counted from 0 within the pack
+    sums = torch.zeros_like(logp).index_add(0, rollouts, logp - ref_logp)  # [M], one per rollout
+    return sums[rollouts].clamp(-20, 20)
 
 
 # ---- Groups ------------------------------------------------------------------------------------------------
@@ -461,33 +486,25 @@ def save_rollouts(out, step, groups: list[Group], tokenizer):
 
 
 # ---- Flags -------------------------------------------------------------------------------------------------
-# The hyper-parameters of the paper's appendix (52 tasks x 5 = 260 rollouts; its GRPO baseline has 64, with
-# --prompts_per_step 13), and of third-party notes on it (64 x 4 = 256).
-PRESETS = {"appendix": dict(lr=1e-6, beta=0.1, group_size=5, prompts_per_step=52),
-           "notes": dict(lr=1e-5, beta=0.05, group_size=4, prompts_per_step=64)}
-
-
 def parse_args(argv: list[str] | None = None):
     parser = bfcl_env.Parser("Stage 2: RC-GRPO.")
     add = parser.add_argument
-    add("--preset",
-        choices=PRESETS,
-        default="notes",
-        help="lr, beta, group_size and prompts_per_step of the paper's appendix, or of third-party notes on "
-             "it (default: %(default)s)")
     add("--model",
         default="runs/sft_rctp/model",
         help="a stage 1 checkpoint: start and KL reference (default: %(default)s)")
     add("--steps",
         type=number(int, 1),
         default=400,
-        help="batches of rollouts (default: %(default)s)")
+        help="batches of rollouts (default: %(default)s, as in the paper, tables 10 to 12)")
     add("--prompts_per_step",
         type=number(int, 1),
-        help="tasks per step (default: %(default)s)")
+        default=52,
+        help="tasks per step (default: %(default)s, with --group_size 5 the fewest that give the paper's "
+             "256 rollouts per step; its GRPO has 64: 13 tasks)")
     add("--group_size",
         type=number(int, 2),
-        help="G, rollouts per task (default: %(default)s)")
+        default=5,
+        help="G, rollouts per task (default: %(default)s, as in the paper, tables 10 to 12)")
     add("--reward_tokens",
         choices=["mixed", "high", "low", "none"],
         default="mixed",
@@ -499,11 +516,19 @@ def parse_args(argv: list[str] | None = None):
         help="P(high) of --reward_tokens mixed (default: %(default)s)")
     add("--beta",
         type=number(float, 0),
-        help="weight of the KL penalty; 0: no reference (default: %(default)s)")
+        default=0.1,
+        help="weight of the KL penalty; 0: none (default: %(default)s, as in the paper, tables 10 to 12)")
     add("--clip_eps",
         type=number(float, 0, 1),
         default=0.2,
-        help="clip range of the ratio (default: %(default)s)")
+        help="clip range of the ratio (default: %(default)s, as in the paper, tables 10 to 12)")
+    add("--ratio",
+        choices=RATIOS,
+        default="per_token",
+        help="per_token: of each token, against the policy that sampled it (GRPO); trajectory: one per "
+             "rollout, against the reference (the paper's Algorithm 1); its gradient is a sum over the "
+             "rollout's tokens instead of a mean, so nearly every gradient is scaled down to norm 1 "
+             "(default: %(default)s)")
     add("--update_epochs",
         type=number(int, 1),
         default=1,
@@ -520,19 +545,17 @@ def parse_args(argv: list[str] | None = None):
         metavar="K",
         help="sample zero-std groups again from the next tasks, at most K times (DAPO, arXiv 2503.14476; "
              "default: %(default)s)")
-    sft_rctp.add_training_flags(parser, "runs/rl_rcgrpo")
+    sft_rctp.add_training_flags(parser, "runs/rl_rcgrpo", lr=1e-6)
     add_sampling_flags(parser)
     bfcl_env.add_env_flags(parser)
-    parser.set_defaults(**PRESETS["notes"])  # for --help
-    preset = parser.parse_known_args(argv)[0].preset
-    parser.set_defaults(**PRESETS[preset])
     return parser.parse_args(argv)
 
 
 def describe(args):
     """Return the flags of a run for its first line."""
     return (f"{args.model} | docs {args.tool_docs} | reward tokens {args.reward_tokens}, "
-            f"advantage {args.advantage}, reward {args.reward}, beta {args.beta}, lr {args.lr} | "
+            f"advantage {args.advantage}, ratio {args.ratio}, reward {args.reward}, beta {args.beta}, "
+            f"lr {args.lr} | "
             f"{args.steps} steps of {args.prompts_per_step} tasks x {args.group_size} rollouts")
 
 

@@ -1254,7 +1254,7 @@ class StageInfo:
     call_format: str | None = None
     protocol: str | None = None
     arm: str | None = None  # stage 1: rctp, mixed or sft
-    data_source: str | None = None  # stage 1's trajectories: "written" or "rollouts" (of a model)
+    data_source: str | None = None  # stage 1's failures: "written" or "sampled"; or "rollouts": all data
     stage1_reward_tokens: tuple = ()  # reward tokens seen in stage 1's prompts: high, low, none
     tasks: tuple = ()  # ids of the training tasks
     thinking: str | None = None  # argument of `Chat`: on or off
@@ -1264,6 +1264,7 @@ class StageInfo:
     # The remaining fields belong to stage 2.
     reward_tokens: str | None = None  # mixed, high, low or none
     advantage: str | None = None
+    ratio: str | None = None
     dynamic_sampling: int = 0
     rollouts: int = 0  # total, including those of resampled groups
     minutes: float = 0.0  # training time, sum of the steps

@@ -7,7 +7,8 @@ engine that both stages share.
 Stage 1 trains one policy on successes and on failures. A reward token in the prompt tells the policy which of
 the two to produce:
 
-    1. for each task, play the gold calls in the environment, and a corrupted copy that the judge rejects
+    1. for each task, play the gold calls in the environment, and a corrupted copy that the judge rejects;
+       with --failures sampled, as in the paper, the failure is a rollout of the starting model instead
     2. render both with the same code, `<|high_reward|>` in the prompt of the success and `<|low_reward|>` in
        the prompt of the failure (1:1)
     3. pack trajectories that share a prompt: [prefix | branch | branch ...], the prefix computed once
@@ -237,6 +238,24 @@ def play_script(policy, env, messages, reward_token, reward="official") -> Traje
         calls=calls)
 
 
+def play_calls(policy, task, turns, make_env, args, reward_token) -> Trajectory:
+    """Play the conversation of an agent that makes these calls, by turn."""
+    env = make_env(task)
+    messages = script_messages(task, turns, env.call_format, args.protocol)
+    return play_script(policy, env, messages, reward_token, args.reward)
+
+
+def play_gold(policy, task, make_env, args, reward_token) -> Trajectory:
+    """Play the ground truth of a task.
+
+    Raises:
+        BfclError: If it does not succeed."""
+    success = play_calls(policy, task, gold_calls(task), make_env, args, reward_token)
+    if success.reward != 1:
+        raise BfclError(f"the ground truth of {task.id} does not pass: {success.verdict}")
+    return success
+
+
 def make_pair(policy, task, make_env, args, used, reward_token_of):
     """Write a [success, failure] pair of one task; the two agree up to the first mistake.
 
@@ -248,15 +267,7 @@ def make_pair(policy, task, make_env, args, used, reward_token_of):
         BfclError: If the ground truth fails, or no corrupted copy of it does."""
     rng = random.Random(f"{args.seed} {task.id}")
     gold = gold_calls(task)
-
-    def play(turns, label):
-        env = make_env(task)
-        messages = script_messages(task, turns, env.call_format, args.protocol)
-        return play_script(policy, env, messages, reward_token_of(label), args.reward)
-
-    success = play(gold, "high")
-    if success.reward != 1:
-        raise BfclError(f"the ground truth of {task.id} does not pass: {success.verdict}")
+    success = play_gold(policy, task, make_env, args, reward_token_of("high"))
     for kind in sorted(MISTAKES, key=lambda kind: used[kind]):
         for _ in range(8):
             turns = corrupt(task, gold, kind, rng)
@@ -264,7 +275,7 @@ def make_pair(policy, task, make_env, args, used, reward_token_of):
             # Rendering is slow: judge the calls first. The rendered messages are judged again.
             if judge(task, steps).reward(args.reward) == 1:
                 continue
-            failure = play(turns, "low")
+            failure = play_calls(policy, task, turns, make_env, args, reward_token_of("low"))
             if failure.reward < 1:
                 used[kind] += 1
                 failure.verdict["mistake"] = kind
@@ -272,8 +283,40 @@ def make_pair(policy, task, make_env, args, used, reward_token_of):
     raise BfclError(f"found no failing variant of {task.id}")
 
 
-def read_rollouts(policy, tasks, make_env, args, reward_token_of):
-    """Read the rollouts of these tasks from the files of --rollouts, and relabel them by their verdict.
+def sample_failures(path, policy, tasks, make_env, args, distributed):
+    """Write one failed rollout per task to a file: the first of at most --failure_tries that fails.
+
+    The rollouts are made without a reward token and divided among the ranks. Their random numbers depend on
+    the seed, the task and the try alone, so a run that was killed before the file is complete makes the same
+    ones again. A task whose every try succeeds is not in the file."""
+    tasks = filter_overlong(policy, tasks, make_env, args.max_len)
+    mine = tasks[distributed.rank::distributed.size]
+    # The reward token comes into the prompt later, and the conversation must still fit.
+    suffixes = [_suffix_length(policy.chat, make_env(task).messages()) for task in tasks]
+    limits = {**sampling(args), "max_len": min(args.max_len, policy.max_len) - max(suffixes)}
+    failures = []
+    for n in range(args.failure_tries):
+        sampled = rollout(
+            policy,
+            [make_env(task) for task in mine],
+            [None] * len(mine),
+            [(args.seed, "failures", task.id, 0, n) for task in mine],
+            progress=f"failures, try {n + 1}" if distributed.is_main else None,
+            **limits)
+        failures += [t for t in sampled if t.reward < 1]
+        mine = [task for task, t in zip(mine, sampled) if t.reward == 1]
+    failures = sorted(distributed.gather(failures), key=lambda t: t.task)
+    text = "".join(t.to_json() + "\n" for t in failures)
+    distributed.on_main(atomic_write, path, text)  # the other ranks wait for the file
+
+
+def _suffix_length(chat, messages):
+    """Return how many ids a reward token adds to the prompt."""
+    return len(chat.render_prompt(messages, "low")) - len(chat.render_prompt(messages, None))
+
+
+def read_rollouts(policy, tasks, make_env, args, files, reward_token_of):
+    """Read the rollouts of these tasks from files of rollouts, and relabel them by their verdict.
 
     Only the prompt is rendered again, since it contains the reward token.
 
@@ -281,7 +324,7 @@ def read_rollouts(policy, tasks, make_env, args, reward_token_of):
         BfclError: With file and line, for a line that is not a rollout with this run's prompt."""
     tasks_by_id = {task.id: task for task in tasks}
     found = []
-    for file in args.rollouts:
+    for file in files:
         for n, line in enumerate(Path(file).read_bytes().splitlines(), start=1):
             try:
                 t = Trajectory.from_json(line)
@@ -337,11 +380,36 @@ def pair_rollouts(trajectories: list[Trajectory], limit):
     return pairs, left_out
 
 
-def stage1_data(policy, tasks, make_env, args):
-    """Return the training data of --arm, written or read from --rollouts.
+def pair_with_gold(policy, tasks, make_env, args, found, limit, reward_token_of):
+    """Pair the gold calls of each task with its first failure among the rollouts `found`.
+
+    Returns:
+        The [success, failure] pairs, and how many tasks are longer than `limit` tokens. The other tasks have
+        no failure."""
+    failures = {}
+    for t in found:
+        if t.reward < 1:
+            failures.setdefault(t.task, t)
+    pairs = []
+    left_out = 0
+    for task in tqdm(tasks, desc="data", disable=None):
+        success = play_gold(policy, task, make_env, args, reward_token_of("high"))
+        failure = failures.get(task.id)
+        if max(len(t.ids) for t in (success, failure or success)) > limit:
+            left_out += 1
+        elif failure:
+            pairs.append([success, failure])
+    return pairs, left_out
+
+
+def stage1_data(policy, tasks, make_env, args, failures=None):
+    """Return the training data of --arm: written, read from --rollouts, or with failures from files.
 
     All arms use the same pairs, updates and pairs per update. The sft arm keeps only the success of each
     pair, and so has half as many trajectories.
+
+    Args:
+        failures: Files of rollouts, whose failures are paired with the gold calls (--failures sampled).
 
     Returns:
         [success, failure] pairs with the reward tokens of --arm; and the number of pairs, with --rollouts of
@@ -352,8 +420,11 @@ def stage1_data(policy, tasks, make_env, args):
     def reward_token_of(label):
         return label if args.arm == "rctp" and rng.random() >= args.reward_token_dropout else None
 
-    if args.rollouts:
-        found = read_rollouts(policy, tasks, make_env, args, reward_token_of)
+    if failures:
+        found = read_rollouts(policy, tasks, make_env, args, failures, reward_token_of)
+        pairs, left_out = pair_with_gold(policy, tasks, make_env, args, found, limit, reward_token_of)
+    elif args.rollouts:
+        found = read_rollouts(policy, tasks, make_env, args, args.rollouts, reward_token_of)
         rng.shuffle(found)
         pairs, left_out = pair_rollouts(found, limit)
     else:
@@ -370,22 +441,69 @@ def stage1_data(policy, tasks, make_env, args):
     return pairs, left_out
 
 
+# What could give the label away without the reward token, per trajectory.
+FEATURES = {
+    "messages": lambda t: t.steps,
+    "calls": lambda t: t.calls,
+    "sampled tokens": lambda t: sum(t.loss_mask)}
+
+
 def data_statistics(trajectories: list[Trajectory], max_new_tokens):
-    """Summarise the data by label, reward token and kind of mistake, and count the messages that the sampler
-    would cut off."""
-    reward_tokens = Counter(t.reward_token or "none" for t in trajectories)
-    kinds = Counter("success" if t.reward == 1 else t.verdict.get("mistake") or t.verdict["error_type"]
-                    for t in trajectories)
+    """Describe the data by label, say how well length alone tells the label, and count the messages that the
+    sampler would cut off."""
+    lines = []
+    for label in ("success", "failure"):
+        some = [t for t in trajectories if (t.reward == 1) == (label == "success")]
+        if not some:
+            continue
+        means = [f"{sum(map(feature, some)) / len(some):.1f} {name}" for name, feature in FEATURES.items()]
+        tokens = sum(len(t.ids) for t in some) / len(some)
+        reward_tokens = Counter(t.reward_token or "none" for t in some)
+        lines.append(f"{label}: {len(some)} trajectories, on average {', '.join(means)}, {tokens:.0f} tokens "
+                     f"in all; reward tokens {dict(reward_tokens)}")
+        if label == "failure":
+            errors = Counter(_error(t.verdict) for t in some)
+            mistakes = Counter(t.verdict["mistake"] for t in some if "mistake" in t.verdict)
+            lines.append(f"error types {dict(errors)}; written mistakes {dict(mistakes)}")
+    lines += threshold_lines(trajectories)
     message_lengths = []  # token ids per assistant message
     for t in trajectories:
         message_lengths += [len(ids) for is_sampled, ids in t.segments() if is_sampled]
     cut_off = sum(length > max_new_tokens for length in message_lengths)
-    return (f"trajectories {dict(kinds)}, reward tokens {dict(reward_tokens)}; messages of at most "
-            f"{max(message_lengths)} tokens, {cut_off} of {len(message_lengths)} longer than "
-            f"--max_new_tokens {max_new_tokens}: the sampler would cut those off")
+    lines.append(f"messages of at most {max(message_lengths)} tokens, {cut_off} of {len(message_lengths)} "
+                 f"longer than --max_new_tokens {max_new_tokens}: the sampler would cut those off")
+    return "\n".join(lines)
+
+
+def _error(verdict):
+    """Return the error type of a failure. The paper's protocol has none: there it is the factor that is 0."""
+    return verdict["error_type"] or ("R_action" if verdict["state"] else "R_state")
+
+
+def threshold_lines(trajectories):
+    """Return how often the best rule "success if a feature is above (or: at most) a threshold" is right.
+
+    Such a rule needs no skill: a policy that can tell the labels by it may learn length, not success."""
+    successes = [t.reward == 1 for t in trajectories]
+    if len(set(successes)) < 2:
+        return []
+    accuracies = {}
+    for name, feature in FEATURES.items():
+        values = list(map(feature, trajectories))
+        most = 0
+        for threshold in set(values):
+            right = sum((value > threshold) == success for value, success in zip(values, successes))
+            most = max(most, right, len(values) - right)
+        accuracies[name] = most / len(values)
+    name = max(accuracies, key=accuracies.get)
+    line = f"the best single threshold, on {name}, tells {accuracies[name]:.0%} of the labels"
+    if accuracies[name] > 0.75:
+        line = f"WARNING: {line}: the reward token may come to mean length"
+    return [line]
 
 
 # ---- Stage 1 -----------------------------------------------------------------------------------------------
+FAILURES = "failures.jsonl"  # in the run directory, with --failures sampled
 # Reward tokens in the prompts of each arm. None is a prompt without a reward token.
 ARM_REWARD_TOKENS = {"rctp": ["high", "low", None], "mixed": [None], "sft": [None]}
 
@@ -406,33 +524,45 @@ def main():
     banned = policy.banned.to(distributed.device)
     dtype = compute_dtype(args.dtype, distributed.device)
 
-    # steps 1 and 2: successes and failures, played and rendered
-    pairs, left_out = stage1_data(policy, tasks, make_env, args)
+    weights_sha256 = checksum(policy.model) if distributed.is_main else None
+    settings = {"weights": distributed.broadcast(weights_sha256), "compute": str(dtype)}
+    check_and_record_settings(out, distributed, settings)
+    val_tasks = filter_overlong(policy, val_tasks, make_env, args.max_len)
+    # A full copy of the policy for sampling. Its weights are there only while it samples.
+    sampler_policy = load_policy(
+        args.model, dtype, distributed.device, weights=False, thinking=args.thinking)
+    free_weights(sampler_policy.model)
+    model, optimizer = shard_model(policy, args, dtype, distributed)  # from here on policy.model is sharded
+
+    # steps 1 and 2: successes and failures, played or sampled, and rendered
+    failures = args.rollouts if args.failures == "sampled" else None  # files
+    if args.failures == "sampled" and not args.rollouts:
+        failures = [out / FAILURES]
+        if not distributed.broadcast(failures[0].exists()):  # a resumed run has them
+            load_full_weights(sampler_policy.model, model)
+            sample_failures(failures[0], sampler_policy, tasks, make_env, args, distributed)
+            free_weights(sampler_policy.model)
+    pairs, left_out = stage1_data(policy, tasks, make_env, args, failures)
     if not pairs:
-        raise BfclError(f"none of the {len(tasks)} tasks fits --max_len {args.max_len}: raise it, or take "
-                        "smaller --tool_docs")
+        raise BfclError(f"none of the {len(tasks)} tasks gives a pair, {left_out} are longer than --max_len "
+                        f"{args.max_len}: raise it or --failure_tries, or take smaller --tool_docs")
     data = list(chain.from_iterable(pairs))
     digest = hashlib.sha256(str([t.ids for t in data]).encode()).hexdigest()
-    weights_sha256 = checksum(policy.model) if distributed.is_main else None
-    settings = {"weights": distributed.broadcast(weights_sha256), "data": digest, "compute": str(dtype)}
-    check_and_record_settings(out, distributed, settings)
-    if val_tasks:
-        val_tasks = filter_overlong(policy, val_tasks, make_env, args.max_len)
-        # A full copy of the policy for sampling. Its memory is free between validations.
-        sampler_policy = load_policy(
-            args.model, dtype, distributed.device, weights=False, thinking=args.thinking)
-        free_weights(sampler_policy.model)
-    model, optimizer = shard_model(policy, args, dtype, distributed)  # from here on policy.model is sharded
+    check_and_record_settings(out, distributed, {"data": digest})
     pairs_per_step = max(1, args.batch_size // 2)
     steps = args.steps or args.epochs * math.ceil(len(pairs) / pairs_per_step)
     loop = TrainLoop(out, args, model, optimizer, steps, distributed)
     loop.resume()
     loop.state["stage_info"] = asdict(stage1_info(policy, data, call_format, args))
+    no_failure = ""
+    if failures:
+        no_failure = f", {len(tasks) - len(pairs) - left_out} without a failed rollout"
     distributed.print0(
         f"{transcript(data[-1], policy.tokenizer)}\n\n{data_statistics(data, args.max_new_tokens)}\n"
         f"stage 1: {args.model} | docs {args.tool_docs}, call format {call_format} "
         f"({policy.chat.call_format_reason}) | "
-        f"{len(pairs)} pairs of {len(tasks)} tasks, {left_out} too long | arm {args.arm} | "
+        f"{len(pairs)} pairs of {len(tasks)} tasks, {left_out} too long{no_failure} | arm {args.arm}, failures "
+        f"{args.failures} | "
         f"{steps} steps of {pairs_per_step} pairs, from {loop.done + 1} | {dtype} on {distributed.size} x "
         f"{distributed.device.type} | {out}")
 
@@ -481,7 +611,7 @@ def stage1_info(policy, data, call_format, args):
         call_format=call_format,
         protocol=args.protocol,
         arm=args.arm,
-        data_source="rollouts" if args.rollouts else "written",
+        data_source="rollouts" if args.rollouts and args.failures == "written" else args.failures,
         stage1_reward_tokens=sorted({t.reward_token or "none" for t in data}),
         tasks=sorted({t.task for t in data}),
         reward_ids=policy.reward_ids,
@@ -1147,8 +1277,9 @@ def open_config(out, args, distributed):
 
 
 def work_has_begun(out):
-    """Return whether there is a checkpoint, a logged step, or a rollout of an evaluation."""
-    logs = [*out.glob("metrics.jsonl"), *out.glob("*.rank*.jsonl")]
+    """Return whether there is a checkpoint, a logged step, a sampled failure, or a rollout of an
+    evaluation."""
+    logs = [*out.glob("metrics.jsonl"), *out.glob(FAILURES), *out.glob("*.rank*.jsonl")]
     return bool(complete_checkpoints(out / "checkpoints")) or any(path.stat().st_size for path in logs)
 
 
@@ -1298,21 +1429,22 @@ def plot_curves(out):
 
 
 # ---- Flags -------------------------------------------------------------------------------------------------
-# Two transcriptions of the paper's hyper-parameters.
-PRESETS = {"appendix": dict(lr=1e-5, batch_size=16, epochs=5),
-           "notes": dict(lr=5e-5, batch_size=32, epochs=3)}
 MICROBATCH = {"cpu": 8192, "cuda": 16384}  # default of --tokens_per_microbatch
 
 
-def add_training_flags(parser: argparse.ArgumentParser, out):
-    """Add the flags of both training stages."""
+def add_training_flags(parser: argparse.ArgumentParser, out, lr):
+    """Add the flags of both training stages.
+
+    Args:
+        out, lr: The script's defaults of --out and --lr."""
     add = parser.add_argument_group("training").add_argument
     add("--out", default=out,
         help="run directory; a run that it already holds is resumed (default: %(default)s)")
     add("--export", metavar="RUN",
         help="write the newest checkpoint of a run, or RUN/checkpoints/step_000010, as a Hugging Face "
         "directory RUN/model_step_000010, and exit")
-    add("--lr", type=number(float, 0, 1), help="peak learning rate (default: %(default)s)")
+    add("--lr", default=lr, type=number(float, 0, 1),
+        help="peak learning rate (default: %(default)s, as in the paper, tables 10 to 12)")
     add("--tokens_per_microbatch", type=number(int, 64),
         default=MICROBATCH["cuda" if torch.cuda.is_available() else "cpu"],
         help="maximum number of tokens per forward; a longer trajectory gets a forward of its own (default: "
@@ -1341,27 +1473,29 @@ def parse_args(argv: list[str] | None = None):
     add = parser.add_argument
     add("--model", default=DEFAULT_MODEL,
         help="model to start from: a directory, a hub id or %(default)s (the default)")
-    add("--preset", choices=PRESETS, default="notes",
-        help="lr, batch_size and epochs; appendix: 1e-5, 16 and 5, from the paper's appendix; notes: 5e-5, "
-        "32 and 3, from notes on the paper (default: %(default)s)")
-    add("--epochs", type=number(int, 1), help="passes over the pairs (default: %(default)s)")
+    add("--epochs", default=5, type=number(int, 1),
+        help="passes over the pairs (default: %(default)s, as in the paper, tables 10 to 12)")
     add("--steps", type=number(int, 1), help="number of updates, instead of --epochs")
-    add("--batch_size", type=number(int, 1),
+    add("--batch_size", default=16, type=number(int, 1),
         help="trajectories per update, in pairs of a success and a failure; the sft arm takes only the "
-        "successes of as many pairs (default: %(default)s)")
+        "successes of as many pairs (default: %(default)s, as in the paper, tables 10 to 12)")
     add("--arm", default="rctp", choices=ARM_REWARD_TOKENS,
         help="rctp: successes and failures, with reward tokens; mixed: the same without reward tokens; sft: "
-        "successes alone, without reward tokens (default: %(default)s)")
+        "successes alone, without reward tokens, in as many updates as the others; the paper's SFT makes 90 "
+        "updates (--batch_size 32 --epochs 2), its RCTP-FT 450 (default: %(default)s)")
     add("--reward_token_dropout", type=number(float, 0, 1), default=0.1,
         help="probability that a trajectory of the rctp arm gets no reward token (default: %(default)s)")
+    add("--failures", default="written", choices=("written", "sampled"),
+        help="written: gold calls with mistakes; sampled: per task a failed rollout of --model itself, made "
+        "before the first update and kept in --out, as in the paper (default: %(default)s)")
+    add("--failure_tries", default=4, type=number(int, 1),
+        help="rollouts of --failures sampled per task; the first that fails is taken (default: %(default)s)")
     add("--rollouts", nargs="+", default=[], metavar="FILE",
-        help="learn from a model's rollouts (runs/NAME/rollouts/*.jsonl), not from gold and corrupted calls")
-    add_training_flags(parser, "runs/sft_rctp")
+        help="learn from a model's rollouts (runs/NAME/rollouts/*.jsonl), not from gold and corrupted calls; "
+        "with --failures sampled only the failures come from there (another run's failures.jsonl)")
+    add_training_flags(parser, "runs/sft_rctp", lr=1e-5)
     add_sampling_flags(parser)  # for the validation
     bfcl_env.add_env_flags(parser)
-    parser.set_defaults(**PRESETS["notes"])  # for --help
-    preset = parser.parse_known_args(argv)[0].preset
-    parser.set_defaults(**PRESETS[preset])
     args = parser.parse_args(argv)
     if args.export is not None:
         return args

@@ -64,7 +64,7 @@ def stage1_pair(policy, task):
 
 
 def main():
-    flags = "--prompts_per_step 2 --group_size 4 --beta 0 --max_new_tokens 40 --max_len 800"
+    flags = "--prompts_per_step 2 --group_size 4 --lr 1e-5 --beta 0 --max_new_tokens 40 --max_len 800"
     args = rl.parse_args(flags.split())
     distributed = sft.init_distributed()
     policy = rollout.load_policy("tiny", torch.float32)  # samples: a full copy of the trained weights

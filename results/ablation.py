@@ -58,7 +58,7 @@ class Block:
 CPU = ("--tool_docs signature --categories multi_turn_base "
        "--max_len 2048 --max_new_tokens 128 --max_sampled_tokens 768")
 STAGE1 = "--epochs 6 --batch_size 8 --lr 1e-4 --save_every 10"
-STAGE2 = "--prompts_per_step 2 --group_size 8 --lr 3e-5 --save_every 5"
+STAGE2 = "--prompts_per_step 2 --group_size 8 --lr 3e-5 --beta 0.05 --save_every 5"
 SIZES = {
     "cpu-bf16": Size(
         "two CPU cores with bf16",
@@ -83,8 +83,8 @@ SIZES = {
         3.0,
         "12534",
         "--tool_docs slim",
-        "--epochs 3",
-        "--steps 100"),
+        "--epochs 3 --batch_size 32 --lr 5e-5",
+        "--steps 100 --prompts_per_step 64 --group_size 4 --lr 1e-5 --beta 0.05"),
 }
 HIGH = {"always-high": "--reward_tokens high", "rc-grpo": ""}
 SFT = {"grpo": "--reward_tokens none", "rc-grpo": ""}

@@ -1,11 +1,11 @@
-"""Predict memory, hours and disk of the paper's 7B run before it is started, and print its commands.
+"""Predict memory, hours and disk of the paper's two runs before they are started, and print their commands.
 
     python results/recipe.py
 
-Memory is that of `bench.py plan`, for a model of Qwen2.5-7B's shape and conversations of full length. Hours
-are for conversations made of the gold calls, with the default model's tokenizer and template. No rate was
-measured on a GPU: two ratios measured on a CPU are applied to the figures of the datasheets. One step of
-stage 2 with slim docs comes first; its times per launch are assumptions.
+Memory is that of `bench.py plan`, for models of their shapes and conversations of full length. Hours are for
+conversations made of the gold calls, with the default model's tokenizer and template. No rate was measured on
+a GPU: two ratios measured on a CPU are applied to the figures of the datasheets. One step of stage 2 with
+slim docs comes first; its times per launch are assumptions.
 """
 import contextlib
 import io
@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from transformers import Qwen2Config
+from transformers import LlamaConfig, Qwen2Config
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import bench
@@ -26,9 +26,12 @@ import rollout
 import sft_rctp
 from bfcl_env import make_env_fn, load_tasks, select_tasks, split
 
-MODEL = "Qwen/Qwen2.5-7B-Instruct"
 MAX_LEN = 16384
-SHARED = f"--tool_docs full --max_len {MAX_LEN} --tokens_per_microbatch {MAX_LEN}"
+# The paper's run. Its hyper-parameters (tables 10 to 12) are the defaults. It says nothing about the docs.
+TASKS = f"--protocol paper --split_by paper --reward paper --tool_docs full --max_len {MAX_LEN}"
+TRAINING = f"{TASKS} --tokens_per_microbatch {MAX_LEN} --eval_every 0"
+STAGE1 = f"{TRAINING} --failures sampled --reward_token_dropout 0"
+STAGE2 = f"{TRAINING} --ratio trajectory"
 # Two ratios measured on two cores of an AMD EPYC (avx512_bf16), see README.
 MFU = 0.26  # the rate of training relative to that of large matrix products: `bench.py train`
 DECODE = 1.5  # time of a decode step relative to its matrix products alone: `bench.py sampler`
@@ -57,21 +60,10 @@ CARDS = [
     Cards("one card of 141 GB (H200)", 1, 140, 989e12, 4.8e12),
     Cards("eight cards of 80 GB (H100)", 8, 79, 989e12, 3.35e12),
 ]
-# Success on BFCL in percent, as the paper reports it.
-PAPER = {
-    "base model": 11.25,
-    "SFT + GRPO": 48.75,
-    "SFT + RC-GRPO": 46.25,
-    "RCTP-FT + GRPO": 73.75,
-    "RCTP-FT + RC-GRPO": 85.00,
-}
-
-
-def write_stand_in(folder):
-    """Write a folder with the shape of Qwen2.5-7B and the default model's tokenizer."""
-    policy = rollout.load_policy(rollout.DEFAULT_MODEL, torch.float32, "meta", weights=False)
-    policy.tokenizer.save_pretrained(folder)
-    config = Qwen2Config(
+QWEN = "Qwen/Qwen2.5-7B-Instruct"
+LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
+CONFIGS = {
+    QWEN: Qwen2Config(
         architectures=["Qwen2ForCausalLM"],
         hidden_size=3584,
         num_hidden_layers=28,
@@ -80,14 +72,48 @@ def write_stand_in(folder):
         intermediate_size=18944,
         vocab_size=152064,
         max_position_embeddings=32768,
-        tie_word_embeddings=False)
+        tie_word_embeddings=False),
+    LLAMA: LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        intermediate_size=14336,
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        tie_word_embeddings=False),
+}
+# Success on BFCL in percent, as the paper reports it for the models of CONFIGS.
+PAPER = {
+    "base model": (11.25, 0.00),
+    "SFT + GRPO": (48.75, 35.00),
+    "SFT + RC-GRPO": (46.25, 35.00),
+    "RCTP-FT + GRPO": (73.75, 46.25),
+    "RCTP-FT + RC-GRPO": (85.00, 48.75),
+}
+
+
+def write_stand_in(folder, config):
+    """Write a folder with a model's shape and the default model's tokenizer."""
+    policy = rollout.load_policy(rollout.DEFAULT_MODEL, torch.float32, "meta", weights=False)
+    policy.tokenizer.save_pretrained(folder)
     config.save_pretrained(folder)
 
 
-def plan(ranks, *flags, shared=SHARED):
+@contextlib.contextmanager
+def silence():
+    """Hide what is printed: tables, and the same warning for every plan."""
+    nowhere = io.StringIO()
+    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def plan(ranks, *flags):
     """Return the result of `bench.py plan` without its printed lines."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return bench.bench_plan(["--ranks", str(ranks), *flags, *shared.split()])
+    words = " ".join(flags).split()
+    with silence():
+        return bench.bench_plan(["--ranks", str(ranks), *words])
 
 
 @dataclass
@@ -99,12 +125,13 @@ class Typical:
     flops: float
 
 
-def typical_conversation(folder, group_size, shared=SHARED) -> Typical:
-    args = sft_rctp.parse_args(["--model", folder, *shared.split()])
+def typical_conversation(folder, group_size, flags) -> Typical:
+    args = sft_rctp.parse_args(["--model", folder, *flags.split()])
     policy = rollout.load_policy(folder, torch.float32, "meta", weights=False)
     make_env = make_env_fn(args, policy.call_format(args.call_format))
-    tasks = select_tasks(args)[::18]
-    pairs, _ = sft_rctp.stage1_data(policy, tasks, make_env, args)
+    with silence():
+        tasks = select_tasks(args)[::18]
+        pairs, _ = sft_rctp.stage1_data(policy, tasks, make_env, args)
     prefixes = []
     tails = []
     sampled = []
@@ -144,22 +171,25 @@ def sampling_seconds(cards, planned, typical, groups, group_size, occupied):
     return decoding + prefilling
 
 
-def print_prediction(cards, plan1, plan2, typical, updates, stage2, num_test):
-    """Print the commands of a run, its memory, hours and disk.
+def print_commands(model):
+    out = f"runs/{model.split('/')[1]}"
+    print(f"\n## {model}\n\n"
+          f"torchrun --nproc_per_node N sft_rctp.py --model {model} {STAGE1} --out {out}/sft\n"
+          f"torchrun --nproc_per_node N rl_rcgrpo.py --model {out}/sft/model {STAGE2} --out {out}/rl\n"
+          f"torchrun --nproc_per_node N eval_bfcl.py --ckpt {out}/sft/model {out}/rl/model {TASKS} "
+          f"--reward_tokens high,low --samples 4 --out {out}/eval")
+
+
+def print_prediction(cards, plan1, plan2, typical, num_train, num_test):
+    """Print the memory, hours and disk of a run.
 
     Args:
         plan1, plan2: results of `plan` for the two stages.
-        updates: of stage 1.
-        stage2: arguments of stage 2.
-        num_test: tasks of the evaluation.
+        num_train, num_test: tasks.
     """
-    torchrun = f"torchrun --standalone --nproc_per_node {cards.count}"
-    print(f"\n## {cards.name}\n\n"
-          f"{torchrun} sft_rctp.py --model {MODEL} {SHARED} --out runs/7b/sft\n"
-          f"{torchrun} rl_rcgrpo.py --model runs/7b/sft/model {SHARED} --out runs/7b/rl\n"
-          f"{torchrun} eval_bfcl.py --ckpt runs/7b/sft/model runs/7b/rl/model --tool_docs full "
-          f"--max_len {MAX_LEN} --reward_tokens high,low,none --samples 4 --out runs/7b/eval\n")
-
+    stage1 = sft_rctp.parse_args(STAGE1.split())
+    stage2 = rl_rcgrpo.parse_args(STAGE2.split())
+    updates = stage1.epochs * math.ceil(num_train / (stage1.batch_size // 2))  # one pair per task
     prompts = stage2.prompts_per_step
     rate = MFU * cards.flops * cards.count
     occupied = plan2["bytes"]["masters (fp32)"] + plan2["bytes"]["AdamW moments"]
@@ -167,16 +197,21 @@ def print_prediction(cards, plan1, plan2, typical, updates, stage2, num_test):
     rollouts = sampling_seconds(cards, plan2, typical, prompts, stage2.group_size, occupied)
     reference = prompts * typical.flops / 3 / rate  # the forward pass is a third
     update = RECOMPUTED * prompts * typical.flops / rate
-    hours1 = updates * RECOMPUTED * plan1["flops"] / rate / 3600
+    failures = sampling_seconds(cards, plan2, typical, num_train, 1, 0)
+    hours1 = (failures + updates * RECOMPUTED * plan1["flops"] / rate) / 3600
     hours2 = stage2.steps * (rollouts + reference + update) / 3600
-    hours3 = 3 * 2 * sampling_seconds(cards, plan2, typical, num_test, 4, 0) / 3600
+    hours3 = 2 * 2 * sampling_seconds(cards, plan2, typical, num_test, 4, 0) / 3600
     # Bytes per parameter: model/ of each stage in fp32 and its checkpoint with AdamW's moments; the next
     # checkpoint of stage 2 while it is written; the download in bf16.
     disk = plan1["parameters"] * (2 * (4 + 12) + 12 + 2) / 1e9
+    print(f"\n{cards.name}")
     for stage, planned in (("stage 1", plan1), ("stage 2", plan2)):
-        print(f"{stage}: planned peak {planned['peak_bytes'] / 2**30:.0f} of {cards.gib} GiB a card")
-    print(f"predicted hours: stage 1 {hours1:.2g}, stage 2 {hours2:.2g}, evaluation {hours3:.2g}; a step of "
-          f"stage 2: rollouts {rollouts:.0f} s, reference {reference:.0f}, update {update:.0f}\n"
+        peak = planned["peak_bytes"] / 2**30
+        fits = "" if peak < cards.gib else ": does NOT fit"
+        print(f"{stage}: planned peak {peak:.1f} of {cards.gib} GiB per card{fits}")
+    print(f"predicted hours: stage 1 {hours1:.2g} ({updates} updates), stage 2 {hours2:.2g} ({stage2.steps} "
+          f"steps of {prompts} x {stage2.group_size} rollouts), evaluation {hours3:.2g}; a step of stage 2: "
+          f"rollouts {rollouts:.0f} s, reference {reference:.0f}, update {update:.0f}\n"
           f"disk: {disk:.0f} GB")
 
 
@@ -186,8 +221,8 @@ def print_slim_step(folder):
     prompts = 52
     group_size = 5
     step = f"--prompts_per_step {prompts} --group_size {group_size}"
-    planned = plan(1, "--stage", "2", "--model", folder, *step.split(), shared=SLIM)
-    typical = typical_conversation(folder, group_size, shared=SLIM)
+    planned = plan(1, f"--stage 2 --model {folder}", step, SLIM)
+    typical = typical_conversation(folder, group_size, SLIM)
     tail = MESSAGES * (SAMPLED + RESULT)
     rollouts = prompts * group_size
 
@@ -218,34 +253,31 @@ def print_slim_step(folder):
 
 
 def main():
-    stage1 = sft_rctp.parse_args([])  # presets and defaults
-    stage2 = rl_rcgrpo.parse_args([])
-    parts = split(load_tasks())
-    num_test = len(parts["test"])
-    pairs_per_batch = stage1.batch_size // 2  # one pair per task
-    updates = stage1.epochs * math.ceil(len(parts["train"]) / pairs_per_batch)
+    parts = split(load_tasks(), "paper")
+    counts = len(parts["train"]), len(parts["test"])
+    group_size = rl_rcgrpo.parse_args([]).group_size
     with tempfile.TemporaryDirectory() as folder:
-        write_stand_in(folder)
-        plans = []
-        for cards in CARDS:
-            plans.append([plan(cards.count, "--stage", stage, "--model", folder) for stage in "12"])
-        typical = typical_conversation(folder, stage2.group_size)
-        print_slim_step(folder)
-    print(f"Stage 1: {updates} updates; stage 2: {stage2.steps} steps of {stage2.prompts_per_step} x "
-          f"{stage2.group_size} rollouts; evaluation: {num_test} tasks x 4 rollouts x 3 tokens x 2 "
-          "checkpoints.\n"
-          f"A conversation: {typical.prefix:.0f} tokens of prompt, {typical.tail:.0f} of messages and "
-          f"results, {typical.sampled:.0f} of them sampled.")
-    for cards, (plan1, plan2) in zip(CARDS, plans):
-        print_prediction(cards, plan1, plan2, typical, updates, stage2, num_test)
-    print("\nThese are RCTP-FT + RC-GRPO; other arms: --arm sft, --reward_tokens high or none. Hours assume "
-          f"{MFU:.0%} of {CARDS[0].flops / 1e12:.0f} TFLOP/s,\nand decode steps of {DECODE} times what their "
-          "bytes take at the card's bandwidth: on the README's CPU both ratios are\nto matrix products; "
+        for model, config in CONFIGS.items():
+            write_stand_in(folder, config)
+            if model == QWEN:
+                print_slim_step(folder)
+            print_commands(model)
+            typical = typical_conversation(folder, group_size, STAGE1)
+            for cards in CARDS:
+                plans = [
+                    plan(cards.count, f"--stage 1 --model {folder}", STAGE1),
+                    plan(cards.count, f"--stage 2 --model {folder}", STAGE2),
+                ]
+                print_prediction(cards, *plans, typical, *counts)
+    print(f"\nA conversation: {typical.prefix:.0f} tokens of prompt, {typical.tail:.0f} of messages and "
+          f"results, {typical.sampled:.0f} of them sampled.\nFailures: one rollout per task. These are "
+          "RCTP-FT + RC-GRPO; other arms: --arm sft, --reward_tokens high or none.\nHours assume "
+          f"{MFU:.0%} of {CARDS[0].flops / 1e12:.0f} TFLOP/s, and decode steps of {DECODE} times what their "
+          "bytes take at the card's\nbandwidth: on the README's CPU both ratios are to matrix products; "
           "nothing was measured on a GPU.\n\n"
-          "| Qwen2.5-7B-Instruct | the paper: its own protocol, a split that leaks, n = 80 | ours: official "
-          f"protocol, family split, n = {num_test} |\n|---|---|---|")
-    for arm, success in PAPER.items():
-        print(f"| {arm} | {success:.2f} | not run |")
+          f"| success in percent, n = {counts[1]} | {' | '.join(CONFIGS)} | ours |\n|---|---|---|---|")
+    for arm, (qwen, llama) in PAPER.items():
+        print(f"| {arm} | {qwen:.2f} | {llama:.2f} | not run |")
 
 
 if __name__ == "__main__":

@@ -331,7 +331,8 @@ def reinforce(policy, tasks, flags, lr, seed, distributed, validate):
     Returns:
         One dict per step.
     """
-    args = rl.parse_args(f"--prompts_per_step 8 --group_size 8 --seed {seed} {flags}".split())
+    args = rl.parse_args(
+        f"--prompts_per_step 8 --group_size 8 --beta 0.05 --seed {seed} {flags}".split())
     vars(args).update(LIMITS)
     model, optimizer = sharded(policy, lr, distributed)
     reference = copy.deepcopy(policy.model)
