@@ -299,8 +299,9 @@ def policy_loss(logp, old_logp, ref_logp, advantages, weights, clip_eps=0.2, bet
     Returns:
         The loss and a dict of [M] tensors for the log.
     """
-    log_ratio = logp - old_logp  # [M]
-    if owners is not None:
+    if owners is None:
+        log_ratio = logp - old_logp  # [M]
+    else:
         log_ratio = trajectory_log_ratio(logp, ref_logp, owners)  # [M]
     ratio = log_ratio.exp()  # [M] rho
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)

@@ -283,17 +283,19 @@ def make_pair(policy, task, make_env, args, used, reward_token_of):
     raise BfclError(f"found no failing variant of {task.id}")
 
 
+SUFFIX = 32  # ids that the text of a reward token adds to a prompt, at most
+
+
 def sample_failures(path, policy, tasks, make_env, args, distributed):
     """Write one failed rollout per task to a file: the first of at most --failure_tries that fails.
 
     The rollouts are made without a reward token and divided among the ranks. Their random numbers depend on
     the seed, the task and the try alone, so a run that was killed before the file is complete makes the same
     ones again. A task whose every try succeeds is not in the file."""
-    tasks = filter_overlong(policy, tasks, make_env, args.max_len)
+    # The text of the reward token comes into the prompt later. The conversation must still fit.
+    max_len = min(args.max_len, policy.max_len) - SUFFIX
+    tasks = filter_overlong(policy, tasks, make_env, max_len)
     mine = tasks[distributed.rank::distributed.size]
-    # The reward token comes into the prompt later, and the conversation must still fit.
-    suffixes = [_suffix_length(policy.chat, make_env(task).messages()) for task in tasks]
-    limits = {**sampling(args), "max_len": min(args.max_len, policy.max_len) - max(suffixes)}
     failures = []
     for n in range(args.failure_tries):
         sampled = rollout(
@@ -302,17 +304,12 @@ def sample_failures(path, policy, tasks, make_env, args, distributed):
             [None] * len(mine),
             [(args.seed, "failures", task.id, 0, n) for task in mine],
             progress=f"failures, try {n + 1}" if distributed.is_main else None,
-            **limits)
+            **{**sampling(args), "max_len": max_len})
         failures += [t for t in sampled if t.reward < 1]
         mine = [task for task, t in zip(mine, sampled) if t.reward == 1]
     failures = sorted(distributed.gather(failures), key=lambda t: t.task)
     text = "".join(t.to_json() + "\n" for t in failures)
     distributed.on_main(atomic_write, path, text)  # the other ranks wait for the file
-
-
-def _suffix_length(chat, messages):
-    """Return how many ids a reward token adds to the prompt."""
-    return len(chat.render_prompt(messages, "low")) - len(chat.render_prompt(messages, None))
 
 
 def read_rollouts(policy, tasks, make_env, args, files, reward_token_of):
@@ -380,26 +377,25 @@ def pair_rollouts(trajectories: list[Trajectory], limit):
     return pairs, left_out
 
 
-def pair_with_gold(policy, tasks, make_env, args, found, limit, reward_token_of):
-    """Pair the gold calls of each task with its first failure among the rollouts `found`.
-
-    Returns:
-        The [success, failure] pairs, and how many tasks are longer than `limit` tokens. The other tasks have
-        no failure."""
-    failures = {}
-    for t in found:
-        if t.reward < 1:
-            failures.setdefault(t.task, t)
+def pair_with_gold(policy, tasks, make_env, args, found, reward_token_of):
+    """Pair the gold calls of each task with its first failure among the rollouts `found`, if there is one."""
+    failures = {t.task: t for t in reversed(found) if t.reward < 1}
     pairs = []
-    left_out = 0
     for task in tqdm(tasks, desc="data", disable=None):
-        success = play_gold(policy, task, make_env, args, reward_token_of("high"))
-        failure = failures.get(task.id)
-        if max(len(t.ids) for t in (success, failure or success)) > limit:
-            left_out += 1
-        elif failure:
-            pairs.append([success, failure])
-    return pairs, left_out
+        if task.id in failures:
+            success = play_gold(policy, task, make_env, args, reward_token_of("high"))
+            pairs.append([success, failures[task.id]])
+    return pairs
+
+
+def write_pairs(policy, tasks, make_env, args, reward_token_of):
+    """Write a pair per task, with mistakes of all kinds."""
+    # The kind "guess" is possible only in tasks with an empty turn. They come last: "guess" is then the least
+    # used kind, which is tried first.
+    order = sorted(tasks, key=lambda task: [] in task.gold)
+    used = Counter()
+    return [make_pair(policy, task, make_env, args, used, reward_token_of)
+            for task in tqdm(order, desc="data", disable=None)]
 
 
 def stage1_data(policy, tasks, make_env, args, failures=None):
@@ -420,28 +416,23 @@ def stage1_data(policy, tasks, make_env, args, failures=None):
     def reward_token_of(label):
         return label if args.arm == "rctp" and rng.random() >= args.reward_token_dropout else None
 
-    if failures:
-        found = read_rollouts(policy, tasks, make_env, args, failures, reward_token_of)
-        pairs, left_out = pair_with_gold(policy, tasks, make_env, args, found, limit, reward_token_of)
-    elif args.rollouts:
-        found = read_rollouts(policy, tasks, make_env, args, args.rollouts, reward_token_of)
+    found = read_rollouts(policy, tasks, make_env, args, failures or args.rollouts, reward_token_of)
+    if args.rollouts and not failures:
         rng.shuffle(found)
         pairs, left_out = pair_rollouts(found, limit)
     else:
-        # The kind "guess" is possible only in tasks with an empty turn. They come last: "guess" is then the
-        # least used kind, which is tried first.
-        order = sorted(tasks, key=lambda task: [] in task.gold)
-        used = Counter()
-        written = [make_pair(policy, task, make_env, args, used, reward_token_of)
-                   for task in tqdm(order, desc="data", disable=None)]
-        pairs = [pair for pair in written if max(len(t.ids) for t in pair) <= limit]
-        left_out = len(written) - len(pairs)
+        if failures:
+            made = pair_with_gold(policy, tasks, make_env, args, found, reward_token_of)
+        else:
+            made = write_pairs(policy, tasks, make_env, args, reward_token_of)
+        pairs = [pair for pair in made if max(len(t.ids) for t in pair) <= limit]
+        left_out = len(made) - len(pairs)
     if args.arm == "sft":
         pairs = [pair[:1] for pair in pairs]
     return pairs, left_out
 
 
-# What could give the label away without the reward token, per trajectory.
+# What could give the label away without the reward token.
 FEATURES = {
     "messages": lambda t: t.steps,
     "calls": lambda t: t.calls,
@@ -451,21 +442,17 @@ FEATURES = {
 def data_statistics(trajectories: list[Trajectory], max_new_tokens):
     """Describe the data by label, say how well length alone tells the label, and count the messages that the
     sampler would cut off."""
+    by_label = {}
+    for t in trajectories:
+        by_label.setdefault("success" if t.reward == 1 else "failure", []).append(t)
     lines = []
-    for label in ("success", "failure"):
-        some = [t for t in trajectories if (t.reward == 1) == (label == "success")]
-        if not some:
-            continue
+    for label, some in by_label.items():
         means = [f"{sum(map(feature, some)) / len(some):.1f} {name}" for name, feature in FEATURES.items()]
-        tokens = sum(len(t.ids) for t in some) / len(some)
         reward_tokens = Counter(t.reward_token or "none" for t in some)
-        lines.append(f"{label}: {len(some)} trajectories, on average {', '.join(means)}, {tokens:.0f} tokens "
-                     f"in all; reward tokens {dict(reward_tokens)}")
-        if label == "failure":
-            errors = Counter(_error(t.verdict) for t in some)
-            mistakes = Counter(t.verdict["mistake"] for t in some if "mistake" in t.verdict)
-            lines.append(f"error types {dict(errors)}; written mistakes {dict(mistakes)}")
-    lines += threshold_lines(trajectories)
+        lines.append(f"{label}: {len(some)} trajectories, on average {', '.join(means)}; reward tokens "
+                     f"{dict(reward_tokens)}; errors {dict(Counter(map(_error, some)))}")
+    if len(by_label) == 2:
+        lines.append(threshold_line(trajectories))
     message_lengths = []  # token ids per assistant message
     for t in trajectories:
         message_lengths += [len(ids) for is_sampled, ids in t.segments() if is_sampled]
@@ -475,31 +462,32 @@ def data_statistics(trajectories: list[Trajectory], max_new_tokens):
     return "\n".join(lines)
 
 
-def _error(verdict):
-    """Return the error type of a failure. The paper's protocol has none: there it is the factor that is 0."""
-    return verdict["error_type"] or ("R_action" if verdict["state"] else "R_state")
+def _error(t):
+    """Return a written mistake, the official error type or, without one, the paper's factor that is 0."""
+    if t.reward == 1:
+        return "none"
+    factor = "R_action" if t.verdict["state"] else "R_state"
+    return t.verdict.get("mistake") or t.verdict["error_type"] or factor
 
 
-def threshold_lines(trajectories):
-    """Return how often the best rule "success if a feature is above (or: at most) a threshold" is right.
+def threshold_line(trajectories):
+    """Say how often the best rule "success if a feature is above (or: at most) a threshold" is right.
 
     Such a rule needs no skill: a policy that can tell the labels by it may learn length, not success."""
     successes = [t.reward == 1 for t in trajectories]
-    if len(set(successes)) < 2:
-        return []
     accuracies = {}
     for name, feature in FEATURES.items():
         values = list(map(feature, trajectories))
-        most = 0
+        counts = []  # of right guesses
         for threshold in set(values):
             right = sum((value > threshold) == success for value, success in zip(values, successes))
-            most = max(most, right, len(values) - right)
-        accuracies[name] = most / len(values)
+            counts += [right, len(values) - right]
+        accuracies[name] = max(counts) / len(values)
     name = max(accuracies, key=accuracies.get)
     line = f"the best single threshold, on {name}, tells {accuracies[name]:.0%} of the labels"
     if accuracies[name] > 0.75:
-        line = f"WARNING: {line}: the reward token may come to mean length"
-    return [line]
+        return f"WARNING: {line}: the reward token may come to mean length"
+    return line
 
 
 # ---- Stage 1 -----------------------------------------------------------------------------------------------
@@ -556,15 +544,14 @@ def main():
     loop.state["stage_info"] = asdict(stage1_info(policy, data, call_format, args))
     no_failure = ""
     if failures:
-        no_failure = f", {len(tasks) - len(pairs) - left_out} without a failed rollout"
+        no_failure = f", {len(tasks) - len(pairs) - left_out} without a failed rollout that fits"
     distributed.print0(
         f"{transcript(data[-1], policy.tokenizer)}\n\n{data_statistics(data, args.max_new_tokens)}\n"
         f"stage 1: {args.model} | docs {args.tool_docs}, call format {call_format} "
         f"({policy.chat.call_format_reason}) | "
-        f"{len(pairs)} pairs of {len(tasks)} tasks, {left_out} too long{no_failure} | arm {args.arm}, failures "
-        f"{args.failures} | "
-        f"{steps} steps of {pairs_per_step} pairs, from {loop.done + 1} | {dtype} on {distributed.size} x "
-        f"{distributed.device.type} | {out}")
+        f"{len(pairs)} pairs of {len(tasks)} tasks, {left_out} too long{no_failure} | arm {args.arm}, "
+        f"failures {args.failures} | {steps} steps of {pairs_per_step} pairs, from {loop.done + 1} | {dtype} "
+        f"on {distributed.size} x {distributed.device.type} | {out}")
 
     for step in loop.steps():
         start = synced_time(distributed.device)
