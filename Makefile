@@ -51,7 +51,7 @@ results: $(VENV)/installed
 ablation: $(VENV)/installed
 	$(RUN) results/ablation.py run
 
-# What the paper's 7B run would take on a card of 141 GB, and on eight of 80.
+# What the paper's runs (7B and 8B) would take on a card of 141 GB, and on eight of 80.
 recipe-7b: $(VENV)/installed
 	$(RUN) results/recipe.py
 

@@ -642,7 +642,7 @@ def planned_stage1_packs(policy, args, tasks, make_env):
     """Return (layout, loss tokens) of the packs of one batch of stage 1."""
     wanted = max(32, args.batch_size // 2)
     some = tasks[::math.ceil(len(tasks) / wanted)]  # a sample of the lengths of all tasks
-    pairs, _ = sft.stage1_data(policy, some, make_env, args)
+    pairs, _ = sft.stage1_data(policy, some, make_env, args, args.rollouts)
     batch = list(itertools.chain(*pairs))[:args.batch_size]
     packs = sft.pack(batch, args.tokens_per_microbatch)
     return [(p.layout, len(p.targets)) for p in packs]
@@ -720,7 +720,7 @@ def planned_bytes(policy, args, packs, stage2, ranks, device):
         "activations": max(activations(layout) for layout, _ in packs),
     }
     sampling = {}
-    if stage2 or args.eval_every or args.failures == "sampled":
+    if stage2 or args.eval_every or (args.failures == "sampled" and not args.rollouts):
         one_conversation = 2 * width * L * kv_width * min(args.max_len, policy.max_len) / GIB
         # On CUDA the cache takes the memory that is left by default, and at least one conversation.
         kv = args.kv_gb or (one_conversation if cuda else 4)

@@ -205,7 +205,9 @@ class PaperEnv(BfclEnv):
       - The verdict has the paper's reward only.
     """
 
-    ENDING = "\n\nComplete all the steps above, in order, then call done()."
+    # The paper's own words (B.1).
+    ENDING = ("\n\nComplete all the steps above using the available tools. "
+              "Call done() when you have finished all tasks.")
 
     def _visible_docs(self):
         return [*self.task.docs, _DONE_DOC]

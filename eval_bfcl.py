@@ -221,10 +221,8 @@ def arm_name(stage_info) -> str | None:
     if not stage_info.stage:
         return None
     arm = {"sft": "SFT", "mixed": "mixed-data SFT", "rctp": "RCTP-FT"}[stage_info.arm]  # the paper's names
-    if stage_info.data_source == "rollouts":
-        arm += " on own rollouts"
-    if stage_info.data_source == "sampled":
-        arm += " with sampled failures"
+    arm += {"rollouts": " on own rollouts",
+            "sampled": " with sampled failures"}.get(stage_info.data_source, "")
     if stage_info.stage == "rcgrpo":
         arm += {"mixed": " + RC-GRPO",
                 "high": " + GRPO (high token)",

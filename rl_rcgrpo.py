@@ -20,7 +20,7 @@ One step:
 The ratio rho is per token by default, pi / pi_old as in GRPO, and the loss is averaged over the tokens of a
 rollout, then over rollouts. With one update per batch rho is then 1 and clipping has no effect; from
 --update_epochs 2 on it has. Algorithm 1 prints another ratio, --ratio trajectory: pi(tau_j) / pi_ref(tau_j),
-one per rollout, against the reference; it clips from the second step on. The paper does not say what its
+one per rollout, against the reference; it clips from the second update on. The paper does not say what its
 batch size counts: here rollouts. --advantage and --dynamic_sampling implement other
 fixes for zero-std groups, so that they can be compared under equal conditions.
 
@@ -171,8 +171,7 @@ def main():
     sha256 = distributed.broadcast(sha256)
     check_and_record_settings(out, distributed, {"reference": sha256, "compute": str(dtype)})
     model, optimizer = shard_model(trainer_policy, args, dtype, distributed)
-    needs_reference = args.beta > 0 or args.ratio == "trajectory"
-    reference = offload_shards(model, dtype) if needs_reference else {}
+    reference = offload_shards(model, dtype) if args.beta or args.ratio == "trajectory" else {}
     loop = TrainLoop(out, args, model, optimizer, args.steps, distributed)
     loop.resume()  # NOTE: after `offload_shards`, else the resumed weights would become the KL reference
     cursor = loop.state.setdefault("cursor", 0)  # tasks that were drawn so far
@@ -292,8 +291,8 @@ def policy_loss(logp, old_logp, ref_logp, advantages, weights, clip_eps=0.2, bet
 
     Args:
         logp: [M], with gradient.
-        old_logp, ref_logp, advantages, weights: [M] each; ref_logp may be None where neither the KL nor the
-            ratio needs it.
+        old_logp, ref_logp, advantages, weights: [M] each; ref_logp may be None where neither KL nor ratio
+            needs it.
         owners: [M], for --ratio trajectory: the rollout of each position.
 
     Returns:
@@ -307,7 +306,7 @@ def policy_loss(logp, old_logp, ref_logp, advantages, weights, clip_eps=0.2, bet
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
     kl = torch.zeros_like(logp)
-    if beta:
+    if ref_logp is not None:
         d = ref_logp - logp
         kl = d.exp() - d - 1
     loss = (weights * (beta * kl - surrogate)).sum()
@@ -322,8 +321,8 @@ def policy_loss(logp, old_logp, ref_logp, advantages, weights, clip_eps=0.2, bet
 def trajectory_log_ratio(logp, ref_logp, owners):
     """Return log pi(tau_j) / pi_ref(tau_j) of the rollout j of each position (Algorithm 1), within +-20.
 
-    Beyond 20, where exp is large, the ratio has no gradient. A rollout lies in one pack, so its positions are
-    all here.
+    Outside, where exp would overflow or vanish, the ratio has no gradient. A rollout lies in one pack, so its
+    positions are all here.
 
     Returns:
         [M], the same value at all positions of a rollout.
@@ -496,12 +495,12 @@ def parse_args(argv: list[str] | None = None):
     add("--steps",
         type=number(int, 1),
         default=400,
-        help="batches of rollouts (default: %(default)s, as in the paper, tables 10 to 12)")
+        help="batches of rollouts (default: %(default)s, the paper's epochs, tables 10 to 12)")
     add("--prompts_per_step",
         type=number(int, 1),
         default=52,
-        help="tasks per step (default: %(default)s, with --group_size 5 the fewest that give the paper's "
-             "256 rollouts per step; its GRPO has 64: 13 tasks)")
+        help="tasks per step (default: %(default)s, with --group_size 5 the fewest that give 256 rollouts, "
+             "the paper's batch as it is counted here; its GRPO baseline has 64: 13 tasks)")
     add("--group_size",
         type=number(int, 2),
         default=5,
@@ -528,8 +527,8 @@ def parse_args(argv: list[str] | None = None):
         default="per_token",
         help="per_token: of each token, against the policy that sampled it (GRPO); trajectory: one per "
              "rollout, against the reference (the paper's Algorithm 1); its gradient is a sum over the "
-             "rollout's tokens instead of a mean, so nearly every gradient is scaled down to norm 1 "
-             "(default: %(default)s)")
+             "rollout's tokens instead of a mean, so gradients are scaled down to norm 1 more often, and the "
+             "KL, still a mean, weighs less (default: %(default)s)")
     add("--update_epochs",
         type=number(int, 1),
         default=1,

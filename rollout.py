@@ -84,7 +84,7 @@ from transformers.utils import cached_file
 from bfcl_env import BfclError, CallSyntaxError
 
 REWARD_TOKENS = {"high": "<|high_reward|>", "low": "<|low_reward|>"}
-REWARD_GOAL = "\n\n[Reward Goal: {}]"  # appended to the first user message (third-party notes on the paper)
+REWARD_GOAL = "\n\n[Reward Goal: {}]"  # appended to the first user message (paper, section 4)
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DATE = "26 Jul 2024"  # for templates that print the current date: the one of the benchmark's Llama handler
 STAGE_INFO = "rcgrpo.json"  # metadata file beside the weights of a stage, see `StageInfo`
@@ -1254,7 +1254,7 @@ class StageInfo:
     call_format: str | None = None
     protocol: str | None = None
     arm: str | None = None  # stage 1: rctp, mixed or sft
-    data_source: str | None = None  # stage 1's failures: "written" or "sampled"; or "rollouts": all data
+    data_source: str | None = None  # of stage 1: gold calls with "written" or "sampled" failures; "rollouts"
     stage1_reward_tokens: tuple = ()  # reward tokens seen in stage 1's prompts: high, low, none
     tasks: tuple = ()  # ids of the training tasks
     thinking: str | None = None  # argument of `Chat`: on or off
@@ -1264,7 +1264,7 @@ class StageInfo:
     # The remaining fields belong to stage 2.
     reward_tokens: str | None = None  # mixed, high, low or none
     advantage: str | None = None
-    ratio: str | None = None
+    ratio: str | None = None  # per_token or trajectory
     dynamic_sampling: int = 0
     rollouts: int = 0  # total, including those of resampled groups
     minutes: float = 0.0  # training time, sum of the steps

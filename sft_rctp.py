@@ -238,36 +238,30 @@ def play_script(policy, env, messages, reward_token, reward="official") -> Traje
         calls=calls)
 
 
-def play_calls(policy, task, turns, make_env, args, reward_token) -> Trajectory:
-    """Play the conversation of an agent that makes these calls, by turn."""
-    env = make_env(task)
-    messages = script_messages(task, turns, env.call_format, args.protocol)
-    return play_script(policy, env, messages, reward_token, args.reward)
-
-
-def play_gold(policy, task, make_env, args, reward_token) -> Trajectory:
-    """Play the ground truth of a task.
-
-    Raises:
-        BfclError: If it does not succeed."""
-    success = play_calls(policy, task, gold_calls(task), make_env, args, reward_token)
-    if success.reward != 1:
-        raise BfclError(f"the ground truth of {task.id} does not pass: {success.verdict}")
-    return success
-
-
-def make_pair(policy, task, make_env, args, used, reward_token_of):
-    """Write a [success, failure] pair of one task; the two agree up to the first mistake.
+def make_pair(policy, task, make_env, args, used, reward_token_of, failure=None):
+    """Play the gold calls of one task, and pair them with a failure.
 
     Args:
         used: How often each kind of mistake was made so far. The least used kind is tried first.
         reward_token_of: Function from a label, "high" or "low", to the reward token of the prompt.
+        failure: A failed rollout, or None to write a failure, which agrees with the success up to its first
+            mistake.
 
     Raises:
         BfclError: If the ground truth fails, or no corrupted copy of it does."""
     rng = random.Random(f"{args.seed} {task.id}")
     gold = gold_calls(task)
-    success = play_gold(policy, task, make_env, args, reward_token_of("high"))
+
+    def play(turns, label):
+        env = make_env(task)
+        messages = script_messages(task, turns, env.call_format, args.protocol)
+        return play_script(policy, env, messages, reward_token_of(label), args.reward)
+
+    success = play(gold, "high")
+    if success.reward != 1:
+        raise BfclError(f"the ground truth of {task.id} does not pass: {success.verdict}")
+    if failure:
+        return [success, failure]
     for kind in sorted(MISTAKES, key=lambda kind: used[kind]):
         for _ in range(8):
             turns = corrupt(task, gold, kind, rng)
@@ -275,7 +269,7 @@ def make_pair(policy, task, make_env, args, used, reward_token_of):
             # Rendering is slow: judge the calls first. The rendered messages are judged again.
             if judge(task, steps).reward(args.reward) == 1:
                 continue
-            failure = play_calls(policy, task, turns, make_env, args, reward_token_of("low"))
+            failure = play(turns, "low")
             if failure.reward < 1:
                 used[kind] += 1
                 failure.verdict["mistake"] = kind
@@ -283,7 +277,7 @@ def make_pair(policy, task, make_env, args, used, reward_token_of):
     raise BfclError(f"found no failing variant of {task.id}")
 
 
-SUFFIX = 32  # ids that the text of a reward token adds to a prompt, at most
+SUFFIX = 32  # most ids that the text of a reward token adds to a prompt
 
 
 def sample_failures(path, policy, tasks, make_env, args, distributed):
@@ -291,11 +285,13 @@ def sample_failures(path, policy, tasks, make_env, args, distributed):
 
     The rollouts are made without a reward token and divided among the ranks. Their random numbers depend on
     the seed, the task and the try alone, so a run that was killed before the file is complete makes the same
-    ones again. A task whose every try succeeds is not in the file."""
-    # The text of the reward token comes into the prompt later. The conversation must still fit.
-    max_len = min(args.max_len, policy.max_len) - SUFFIX
-    tasks = filter_overlong(policy, tasks, make_env, max_len)
+    ones again (in bf16 with the same number of ranks and --kv_gb).
+
+    Raises:
+        BfclError: On every rank, if no rollout fails."""
     mine = tasks[distributed.rank::distributed.size]
+    # The text of the reward token comes into the prompt later. The conversation must still fit.
+    limits = {**sampling(args), "max_len": min(args.max_len, policy.max_len) - SUFFIX}
     failures = []
     for n in range(args.failure_tries):
         sampled = rollout(
@@ -304,10 +300,14 @@ def sample_failures(path, policy, tasks, make_env, args, distributed):
             [None] * len(mine),
             [(args.seed, "failures", task.id, 0, n) for task in mine],
             progress=f"failures, try {n + 1}" if distributed.is_main else None,
-            **{**sampling(args), "max_len": max_len})
-        failures += [t for t in sampled if t.reward < 1]
+            **limits)
+        failures += [t for t in sampled if t.reward < 1 and 1 in t.loss_mask]
         mine = [task for task, t in zip(mine, sampled) if t.reward == 1]
     failures = sorted(distributed.gather(failures), key=lambda t: t.task)
+    distributed.print0(f"{len(failures)} of {len(tasks)} tasks have a failed rollout; in the others all "
+                       f"{args.failure_tries} tries succeed, or the prompt is too long")
+    if not failures:
+        raise BfclError("no rollout of --model failed: raise --failure_tries, or take other tasks")
     text = "".join(t.to_json() + "\n" for t in failures)
     distributed.on_main(atomic_write, path, text)  # the other ranks wait for the file
 
@@ -377,54 +377,39 @@ def pair_rollouts(trajectories: list[Trajectory], limit):
     return pairs, left_out
 
 
-def pair_with_gold(policy, tasks, make_env, args, found, reward_token_of):
-    """Pair the gold calls of each task with its first failure among the rollouts `found`, if there is one."""
-    failures = {t.task: t for t in reversed(found) if t.reward < 1}
-    pairs = []
-    for task in tqdm(tasks, desc="data", disable=None):
-        if task.id in failures:
-            success = play_gold(policy, task, make_env, args, reward_token_of("high"))
-            pairs.append([success, failures[task.id]])
-    return pairs
-
-
-def write_pairs(policy, tasks, make_env, args, reward_token_of):
-    """Write a pair per task, with mistakes of all kinds."""
-    # The kind "guess" is possible only in tasks with an empty turn. They come last: "guess" is then the least
-    # used kind, which is tried first.
-    order = sorted(tasks, key=lambda task: [] in task.gold)
-    used = Counter()
-    return [make_pair(policy, task, make_env, args, used, reward_token_of)
-            for task in tqdm(order, desc="data", disable=None)]
-
-
-def stage1_data(policy, tasks, make_env, args, failures=None):
-    """Return the training data of --arm: written, read from --rollouts, or with failures from files.
+def stage1_data(policy, tasks, make_env, args, files=()):
+    """Return the training data of --arm.
 
     All arms use the same pairs, updates and pairs per update. The sft arm keeps only the success of each
     pair, and so has half as many trajectories.
 
     Args:
-        failures: Files of rollouts, whose failures are paired with the gold calls (--failures sampled).
+        files: Of rollouts. With --failures sampled their failures are paired with the gold calls, otherwise
+            with their successes. Without files failures are written.
 
     Returns:
-        [success, failure] pairs with the reward tokens of --arm; and the number of pairs, with --rollouts of
-        single rollouts, that are left out because they are too long."""
+        [success, failure] pairs with the reward tokens of --arm; and how many pairs, or single rollouts of
+        both labels, are left out because they are too long."""
     limit = min(args.max_len, policy.max_len)  # tokens per trajectory
     rng = random.Random(f"{args.seed} tokens")
 
     def reward_token_of(label):
         return label if args.arm == "rctp" and rng.random() >= args.reward_token_dropout else None
 
-    found = read_rollouts(policy, tasks, make_env, args, failures or args.rollouts, reward_token_of)
-    if args.rollouts and not failures:
+    found = read_rollouts(policy, tasks, make_env, args, files, reward_token_of)
+    if files and args.failures == "written":
         rng.shuffle(found)
         pairs, left_out = pair_rollouts(found, limit)
     else:
-        if failures:
-            made = pair_with_gold(policy, tasks, make_env, args, found, reward_token_of)
-        else:
-            made = write_pairs(policy, tasks, make_env, args, reward_token_of)
+        failures = {t.task: t for t in reversed(found) if t.reward < 1}  # the first of each task
+        if files:
+            tasks = [task for task in tasks if task.id in failures]
+        # The kind "guess" is possible only in tasks with an empty turn. They come last: "guess" is then the
+        # least used kind, which is tried first.
+        order = sorted(tasks, key=lambda task: [] in task.gold)
+        used = Counter()
+        made = [make_pair(policy, task, make_env, args, used, reward_token_of, failures.get(task.id))
+                for task in tqdm(order, desc="data", disable=None)]
         pairs = [pair for pair in made if max(len(t.ids) for t in pair) <= limit]
         left_out = len(made) - len(pairs)
     if args.arm == "sft":
@@ -432,61 +417,52 @@ def stage1_data(policy, tasks, make_env, args, failures=None):
     return pairs, left_out
 
 
-# What could give the label away without the reward token.
-FEATURES = {
-    "messages": lambda t: t.steps,
-    "calls": lambda t: t.calls,
-    "sampled tokens": lambda t: sum(t.loss_mask)}
-
-
 def data_statistics(trajectories: list[Trajectory], max_new_tokens):
-    """Describe the data by label, say how well length alone tells the label, and count the messages that the
-    sampler would cut off."""
-    by_label = {}
-    for t in trajectories:
-        by_label.setdefault("success" if t.reward == 1 else "failure", []).append(t)
-    lines = []
-    for label, some in by_label.items():
-        means = [f"{sum(map(feature, some)) / len(some):.1f} {name}" for name, feature in FEATURES.items()]
-        reward_tokens = Counter(t.reward_token or "none" for t in some)
-        lines.append(f"{label}: {len(some)} trajectories, on average {', '.join(means)}; reward tokens "
-                     f"{dict(reward_tokens)}; errors {dict(Counter(map(_error, some)))}")
-    if len(by_label) == 2:
-        lines.append(threshold_line(trajectories))
+    """Summarise the data by label, and count the messages that the sampler would cut off."""
+    reward_tokens = Counter(t.reward_token or "none" for t in trajectories)
+    kinds = Counter(map(_kind, trajectories))
     message_lengths = []  # token ids per assistant message
+    numbers = {"messages": [], "calls": [], "sampled tokens": []}  # per trajectory
     for t in trajectories:
-        message_lengths += [len(ids) for is_sampled, ids in t.segments() if is_sampled]
+        lengths = [len(ids) for is_sampled, ids in t.segments() if is_sampled]
+        message_lengths += lengths
+        numbers["messages"].append(len(lengths))
+        numbers["calls"].append(t.calls)
+        numbers["sampled tokens"].append(sum(lengths))
     cut_off = sum(length > max_new_tokens for length in message_lengths)
-    lines.append(f"messages of at most {max(message_lengths)} tokens, {cut_off} of {len(message_lengths)} "
-                 f"longer than --max_new_tokens {max_new_tokens}: the sampler would cut those off")
+    lines = [f"trajectories {dict(kinds)}, reward tokens {dict(reward_tokens)}; messages of at most "
+             f"{max(message_lengths)} tokens, {cut_off} of {len(message_lengths)} longer than "
+             f"--max_new_tokens {max_new_tokens}: the sampler would cut those off"]
+    success = torch.tensor([t.reward == 1 for t in trajectories])  # [trajectories]
+    if not success.all():  # the sft arm has successes alone
+        lines += [threshold_line(name, values, success) for name, values in numbers.items()]
     return "\n".join(lines)
 
 
-def _error(t):
-    """Return a written mistake, the official error type or, without one, the paper's factor that is 0."""
+def _kind(t):
+    """Return "success", or the kind of a failure: its written mistake, the official error type, or how it
+    ended."""
     if t.reward == 1:
-        return "none"
-    factor = "R_action" if t.verdict["state"] else "R_state"
-    return t.verdict.get("mistake") or t.verdict["error_type"] or factor
+        return "success"
+    return t.verdict.get("mistake") or t.verdict["error_type"] or t.reason
 
 
-def threshold_line(trajectories):
-    """Say how often the best rule "success if a feature is above (or: at most) a threshold" is right.
+def threshold_line(name, values, success):
+    """Compare a number between the labels, and say how often the best threshold on it tells the label.
 
-    Such a rule needs no skill: a policy that can tell the labels by it may learn length, not success."""
-    successes = [t.reward == 1 for t in trajectories]
-    accuracies = {}
-    for name, feature in FEATURES.items():
-        values = list(map(feature, trajectories))
-        counts = []  # of right guesses
-        for threshold in set(values):
-            right = sum((value > threshold) == success for value, success in zip(values, successes))
-            counts += [right, len(values) - right]
-        accuracies[name] = max(counts) / len(values)
-    name = max(accuracies, key=accuracies.get)
-    line = f"the best single threshold, on {name}, tells {accuracies[name]:.0%} of the labels"
-    if accuracies[name] > 0.75:
-        return f"WARNING: {line}: the reward token may come to mean length"
+    Such a threshold needs no skill: a policy that can tell the labels by it may learn length, not success.
+
+    Args:
+        values: One number per trajectory.
+        success: [trajectories] bool."""
+    values = torch.tensor(values).double()  # [trajectories]
+    above = values[:, None] > values.unique()  # [trajectories, thresholds]
+    right = (above == success[:, None]).double().mean(0)  # [thresholds]
+    accuracy = max(right.max(), 1 - right.min()).item()
+    line = (f"{name}: {values[success].mean():.1f} in successes, {values[~success].mean():.1f} in failures; "
+            f"the best threshold tells {accuracy:.0%} of the labels")
+    if accuracy > 0.75:
+        return f"WARNING: {line}: the policy may learn length instead of success"
     return line
 
 
@@ -516,24 +492,26 @@ def main():
     settings = {"weights": distributed.broadcast(weights_sha256), "compute": str(dtype)}
     check_and_record_settings(out, distributed, settings)
     val_tasks = filter_overlong(policy, val_tasks, make_env, args.max_len)
-    # A full copy of the policy for sampling. Its weights are there only while it samples.
-    sampler_policy = load_policy(
-        args.model, dtype, distributed.device, weights=False, thinking=args.thinking)
-    free_weights(sampler_policy.model)
+    to_sample = args.failures == "sampled" and not args.rollouts
+    if val_tasks or to_sample:
+        # A full copy of the policy. Its weights are there only while it samples.
+        sampler_policy = load_policy(
+            args.model, dtype, distributed.device, weights=False, thinking=args.thinking)
+        free_weights(sampler_policy.model)
     model, optimizer = shard_model(policy, args, dtype, distributed)  # from here on policy.model is sharded
 
     # steps 1 and 2: successes and failures, played or sampled, and rendered
-    failures = args.rollouts if args.failures == "sampled" else None  # files
-    if args.failures == "sampled" and not args.rollouts:
-        failures = [out / FAILURES]
-        if not distributed.broadcast(failures[0].exists()):  # a resumed run has them
+    files = args.rollouts
+    if to_sample:
+        files = [out / FAILURES]
+        if not distributed.broadcast(distributed.is_main and files[0].exists()):  # a resumed run has it
             load_full_weights(sampler_policy.model, model)
-            sample_failures(failures[0], sampler_policy, tasks, make_env, args, distributed)
+            sample_failures(files[0], sampler_policy, tasks, make_env, args, distributed)
             free_weights(sampler_policy.model)
-    pairs, left_out = stage1_data(policy, tasks, make_env, args, failures)
+    pairs, left_out = stage1_data(policy, tasks, make_env, args, files)
     if not pairs:
-        raise BfclError(f"none of the {len(tasks)} tasks gives a pair, {left_out} are longer than --max_len "
-                        f"{args.max_len}: raise it or --failure_tries, or take smaller --tool_docs")
+        raise BfclError(f"none of the {len(tasks)} tasks gives a pair that fits --max_len {args.max_len}: "
+                        "raise it, or take smaller --tool_docs, with a new --out")
     data = list(chain.from_iterable(pairs))
     digest = hashlib.sha256(str([t.ids for t in data]).encode()).hexdigest()
     check_and_record_settings(out, distributed, {"data": digest})
@@ -542,14 +520,11 @@ def main():
     loop = TrainLoop(out, args, model, optimizer, steps, distributed)
     loop.resume()
     loop.state["stage_info"] = asdict(stage1_info(policy, data, call_format, args))
-    no_failure = ""
-    if failures:
-        no_failure = f", {len(tasks) - len(pairs) - left_out} without a failed rollout that fits"
     distributed.print0(
         f"{transcript(data[-1], policy.tokenizer)}\n\n{data_statistics(data, args.max_new_tokens)}\n"
         f"stage 1: {args.model} | docs {args.tool_docs}, call format {call_format} "
         f"({policy.chat.call_format_reason}) | "
-        f"{len(pairs)} pairs of {len(tasks)} tasks, {left_out} too long{no_failure} | arm {args.arm}, "
+        f"{len(pairs)} pairs of {len(tasks)} tasks, {left_out} too long | arm {args.arm}, "
         f"failures {args.failures} | {steps} steps of {pairs_per_step} pairs, from {loop.done + 1} | {dtype} "
         f"on {distributed.size} x {distributed.device.type} | {out}")
 
@@ -1469,24 +1444,28 @@ def parse_args(argv: list[str] | None = None):
     add("--arm", default="rctp", choices=ARM_REWARD_TOKENS,
         help="rctp: successes and failures, with reward tokens; mixed: the same without reward tokens; sft: "
         "successes alone, without reward tokens, in as many updates as the others; the paper's SFT makes 90 "
-        "updates (--batch_size 32 --epochs 2), its RCTP-FT 450 (default: %(default)s)")
+        "updates, its RCTP-FT 450 (here: --batch_size 32 --epochs 2, since a pair has one success; default: "
+        "%(default)s)")
     add("--reward_token_dropout", type=number(float, 0, 1), default=0.1,
         help="probability that a trajectory of the rctp arm gets no reward token (default: %(default)s)")
     add("--failures", default="written", choices=("written", "sampled"),
-        help="written: gold calls with mistakes; sampled: per task a failed rollout of --model itself, made "
-        "before the first update and kept in --out, as in the paper (default: %(default)s)")
+        help="written: gold calls with mistakes; sampled, as in the paper: one failed rollout of --model "
+        "itself per task, made before the first update (OUT/failures.jsonl; default: %(default)s)")
     add("--failure_tries", default=4, type=number(int, 1),
         help="rollouts of --failures sampled per task; the first that fails is taken (default: %(default)s)")
     add("--rollouts", nargs="+", default=[], metavar="FILE",
         help="learn from a model's rollouts (runs/NAME/rollouts/*.jsonl), not from gold and corrupted calls; "
         "with --failures sampled only the failures come from there (another run's failures.jsonl)")
     add_training_flags(parser, "runs/sft_rctp", lr=1e-5)
-    add_sampling_flags(parser)  # for the validation
+    add_sampling_flags(parser)  # for the validation and --failures sampled
     bfcl_env.add_env_flags(parser)
     args = parser.parse_args(argv)
     if args.export is not None:
         return args
-    # Refuse a wrong model or wrong tasks here, before anything is loaded.
+    # Refuse wrong files, a wrong model or wrong tasks here, before anything is loaded.
+    for file in args.rollouts:
+        if not Path(file).is_file():
+            raise BfclError(f"--rollouts {file}: there is no such file")
     check_model(args.model)
     validation_tasks(args, {task.id for task in bfcl_env.select_tasks(args)})
     return args

@@ -400,9 +400,9 @@ def pipeline():
     with tempfile.TemporaryDirectory() as out:
         for command in (
                 f"-m torch.distributed.run --standalone sft_rctp.py --model tiny --steps 3 --batch_size 4 "
-                f"--save_every 1 --eval_every 0 --out {out}/sft {flags}",
-                f"rl_rcgrpo.py --model {out}/sft/model --steps 2 --prompts_per_step 2 --save_every 1 "
-                f"--eval_every 0 --out {out}/rl {flags}",
+                f"--lr 5e-5 --save_every 1 --eval_every 0 --out {out}/sft {flags}",
+                f"rl_rcgrpo.py --model {out}/sft/model --steps 2 --prompts_per_step 2 --group_size 4 "
+                f"--lr 1e-5 --beta 0.05 --save_every 1 --eval_every 0 --out {out}/rl {flags}",
                 f"eval_bfcl.py --ckpt {out}/rl/model --out {out}/eval {flags}"):
             run = timed(subprocess.run)
             done = run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)

@@ -197,7 +197,7 @@ def print_prediction(cards, plan1, plan2, typical, num_train, num_test):
     rollouts = sampling_seconds(cards, plan2, typical, prompts, stage2.group_size, occupied)
     reference = prompts * typical.flops / 3 / rate  # the forward pass is a third
     update = RECOMPUTED * prompts * typical.flops / rate
-    failures = sampling_seconds(cards, plan2, typical, num_train, 1, 0)
+    failures = sampling_seconds(cards, plan2, typical, num_train, 1, plan1["bytes"]["masters (fp32)"])
     hours1 = (failures + updates * RECOMPUTED * plan1["flops"] / rate) / 3600
     hours2 = stage2.steps * (rollouts + reference + update) / 3600
     hours3 = 2 * 2 * sampling_seconds(cards, plan2, typical, num_test, 4, 0) / 3600
