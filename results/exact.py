@@ -1,6 +1,6 @@
 """Enumerate exactly how one group trains a policy: GRPO, RC-GRPO and other remedies for zero-std groups.
 
-    python results/exact.py        # exact.json and exact.png, in seconds
+    python results/exact.py        # exact.json, exact.png and map.png, in half a minute
 
 The policy has two modes, which share a skill: P(success | high) = sigmoid(skill + mode), P(success | low) =
 sigmoid(skill - mode). Without a reward token the mode has no effect: sigmoid(skill). Nothing is sampled. The
@@ -19,10 +19,13 @@ arms of one budget can be compared:
                 depends on the adaptive optimizer
 
 How much of a network both modes share is unknown, so skill and mode may weigh differently: high's logit is a
-skill + b mode, and (a, b) = (1, 1), (3, 1), (1, 3) are shown. GRPO without a reward token learns the skill of
+skill + b mode, and (a, b) = (1, 1), (3, 1), (1, 3) are shown. The map has RC-GRPO relative to always high:
+the ratio of their snr, and of the changes of high's logit for a vanishing learning rate (a step of lr 1
+saturates). GRPO without a reward token learns the skill of
 a policy between both modes: at p_l = 1 - p_h it succeeds half of the time, whatever p_h is.
 """
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -60,6 +63,7 @@ RELATIONS = {
     "p_l = 1 - p_h": lambda high: 1 - high,
 }
 P_HIGH = [percent / 100 for percent in range(1, 100, 2)]
+P_LOW = (0.01, 0.05, 0.1, 0.2, 0.35, 0.5)  # of the map
 SCALES = ((1, 1), (3, 1), (1, 3))  # weights of skill and mode in high's logit
 
 
@@ -69,6 +73,11 @@ def logit(p):
 
 def sigmoid(z):
     return 1 / (1 + math.exp(-z))
+
+
+@functools.cache
+def arm_of(name, G):
+    return Arm(name, G)
 
 
 def patterns(signs, G):
@@ -146,6 +155,56 @@ class Arm:
         }
 
 
+def compare(G, p_high, p_low, scale) -> dict[str, float]:
+    """Return RC-GRPO relative to always high: the ratios of their snr, and of the moves of high's logit."""
+    both = []
+    for name in ("RC-GRPO", "GRPO, always high"):
+        at = arm_of(name, G).figures(p_high, p_low, scale)
+        move = scale[0] * at["gradient_skill"] + scale[1] * at["gradient_mode"]
+        both.append((at["snr"], move))
+    (snr, move), (snr_always, move_always) = both
+    return {"snr": snr / snr_always, "move": move / move_always}
+
+
+def enumerate_map(G, scale) -> dict[str, list]:
+    """Return `compare` as [P_LOW][P_HIGH] per figure."""
+    found = {"snr": [], "move": []}
+    for p_low in P_LOW:
+        points = [compare(G, p_high, p_low, scale) for p_high in P_HIGH]
+        for figure, rows in found.items():
+            rows.append([float(f"{point[figure]:.4g}") for point in points])
+    return found
+
+
+def map_key(G, scale):
+    return f"RC-GRPO / always high | G = {G} | skill : mode = {scale[0]} : {scale[1]}"
+
+
+def draw_map(found):
+    """Draw map.png: one line of panels per figure, one column per sharing; white is 1, where a line is."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    titles = {"snr": "signal-to-noise", "move": "move of high's logit"}
+    norm = matplotlib.colors.TwoSlopeNorm(1, -1, 4)
+    size, axes = plt.subplots(2, 3, figsize=(11, 6), sharex=True, sharey=True, layout="constrained")
+    for line, (figure, title) in zip(axes, titles.items()):
+        for axis, scale in zip(line, ((3, 1), (1, 1), (1, 3))):
+            ratios = found[map_key(5, scale)][figure]
+            places = range(len(P_LOW))
+            mesh = axis.pcolormesh(P_HIGH, places, ratios, norm=norm, cmap="RdBu", shading="nearest")
+            axis.contour(P_HIGH, places, ratios, [1], colors="black")
+            axis.set_title(f"{title}\nskill : mode = {scale[0]} : {scale[1]}")
+            axis.set_yticks(places, P_LOW)
+    for axis in axes[-1]:
+        axis.set_xlabel("p_high")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("p_low")
+    size.colorbar(mesh, ax=axes, extend="both", label="RC-GRPO / always high, G = 5")
+    size.savefig(HERE.with_name("map.png"), dpi=90)
+    plt.close(size)
+
+
 def key(arm, G, relation, scale):
     return f"{arm} | G = {G} | {relation} | skill : mode = {scale[0]} : {scale[1]}"
 
@@ -196,16 +255,19 @@ def main():
     made = f"python results/exact.py, as it is since commit {commit}"
     found = {"made by": made, "p_high": P_HIGH}  # then: key -> name of a figure -> its values along P_HIGH
     for name, G in itertools.product(ARMS, (4, 5, 8)):
-        arm = Arm(name, G)
+        arm = arm_of(name, G)
         for (relation, low), scale in itertools.product(RELATIONS.items(), SCALES):
             points = [arm.figures(p, low(p), scale) for p in P_HIGH]
             curves = {}
             for figure in points[0]:
                 curves[figure] = [float(f"{point[figure]:.4g}") for point in points]
             found[key(name, G, relation, scale)] = curves
+    for G, scale in itertools.product((5, 8), SCALES):
+        found[map_key(G, scale)] = enumerate_map(G, scale)
     lines = [f"{json.dumps(name)}: {json.dumps(curves)}" for name, curves in found.items()]
     HERE.with_suffix(".json").write_text("{" + ",\n".join(lines) + "}\n")
     draw(found)
+    draw_map(found)
     title = "G = 5, p_h = .99, p_l = .01"
     print(f"{title:32} dead groups  variance  gradient  step high  step low    snr")
     for arm in ARMS:

@@ -2,7 +2,7 @@
 
     python results/world.py            # table and picture (world.md, world.png) of finished runs: seconds
     python results/world.py tune       # the base policy, and stage 2's learning rates on validation tasks
-    python results/world.py run        # runs missing in world/test/, two processes; then table and picture
+    python results/world.py run        # runs missing in world/test.jsonl, two processes; then the report
     python results/world.py grid       # afterwards: the primary arms at every rate, on validation tasks
 
 The environment is a ledger: five functions, sixteen accounts, digits. A user asks for two to four things in
@@ -24,11 +24,12 @@ How the settings were chosen, on validation tasks and on seeds of no arm:
     updates; with one in every turn 72 % and 4 %, on a base that was trained again afterwards.
 
     Length of stage 1, on this base: 300 updates gave 28 to 31 %, with which a first series was run
-    (world/first_*; test tasks 27 %: RC-GRPO minus always high -0.4 points, -2.3 to +1.4). 450 gave 61 to 63 %
+    (world/first_*; test tasks 27 %). 450 gave 61 to 63 %
     and 34 to 53 % zero-std groups. 600 gave 64 to 71 % and 55 to 77 %, and were chosen, with new test tasks.
 
     Learning rates: the first grid, 3e-4, 1e-3 and 3e-3, was too high at its upper end.
 """
+import contextlib
 import copy
 import json
 import math
@@ -47,6 +48,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import exact
 import rl_rcgrpo as rl
 import rollout as sampler
 import sft_rctp as sft
@@ -417,22 +419,52 @@ def make_tasks(part, count):
     return [make_task(f"{part} {n}", REQUESTS, TURNS) for n in range(count)]
 
 
-def file_of(folder, arm, seed, lr):
-    name = "".join(c if c.isalnum() else "_" for c in arm)
-    return HERE / folder / f"{name}-{lr:g}-{seed}.json"
+def read(series):
+    """Return {arm: [its runs, by learning rate and seed]} of world/SERIES.jsonl, one run per line."""
+    lines = []
+    path = HERE / f"{series}.jsonl"
+    for text in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):  # a kill may have cut off a line
+            lines.append(json.loads(text))
+    found = {}
+    for one in sorted(lines, key=lambda one: (one["lr"], one["seed"])):
+        found.setdefault(one["arm"], []).append(one)
+    return found
 
 
-def play(job):
-    """Run one row of one seed: stage 1, then those of its arms whose JSON is missing.
+def write(series, runs):
+    """Write all runs of a series."""
+    lines = [json.dumps(one) + "\n" for some in runs.values() for one in some]
+    sft.atomic_write(HERE / f"{series}.jsonl", "".join(lines))
+
+
+def missing_jobs(series, seeds, rates):
+    """Return the jobs of `play` for the runs that a series does not have.
 
     Args:
-        job: (row, seed, [(arm, lr)], the folder of the JSON: `test`, or another one, for validation tasks
-            alone).
+        rates: {arm: learning rates of stage 2}.
     """
-    row, seed, arms, folder = job
-    missing = [(arm, lr) for arm, lr in arms if not file_of(folder, arm, seed, lr).exists()]
-    if not missing:
-        return
+    done = [(one["arm"], one["seed"], one["lr"]) for some in read(series).values() for one in some]
+    jobs = []
+    for seed in seeds:
+        for row in ("rctp", "sft", "mixed", "placebo"):
+            arms = []
+            for arm in ARMS:
+                if ARMS[arm].row == row:
+                    arms += [(arm, lr) for lr in rates[arm] if (arm, seed, lr) not in done]
+            if arms:
+                jobs.append((row, seed, arms, "test" in series))
+    return jobs
+
+
+def play(job) -> list[dict]:
+    """Run one row of one seed: stage 1, then its arms.
+
+    Args:
+        job: (row, seed, [(arm, lr)], whether the arms are measured on test tasks, or else on validation
+            tasks).
+    """
+    row, seed, arms, is_test = job
     git = ["git", "rev-parse", "HEAD"]
     commit = subprocess.run(git, cwd=HERE.parent, text=True, capture_output=True).stdout.strip()
     tasks = make_tasks("train", TRAIN)
@@ -440,7 +472,8 @@ def play(job):
     first = sampler.load_policy(str(HERE / "base"), torch.float32, "cpu")
     pairs = stage1_pairs(first, row, tasks, seed)
     fit(first, pairs, STAGE1, STAGE1_LR, seed, play.distributed)
-    for arm, lr in missing:
+    runs = []
+    for arm, lr in arms:
         began = time.monotonic()
         policy = replace(first, model=copy.deepcopy(first.model))
         flags = ARMS[arm].flags
@@ -466,7 +499,7 @@ def play(job):
             "commit": commit,
             "validation": validation,
         }
-        if folder == "test":
+        if is_test:
             test = make_tasks("held-out", HELD_OUT)
             by_reward_token = {str(t or "none"): success(policy, test, t, 2) for t in ("high", "low", None)}
             found["success"] = by_reward_token[reward_token or "none"]
@@ -475,7 +508,8 @@ def play(job):
         else:
             found["success"] = success(policy, val, reward_token, 2)
         found["minutes"] = round((time.monotonic() - began) / 60, 2)
-        sft.atomic_write(file_of(folder, arm, seed, lr), json.dumps(found))
+        runs.append(found)
+    return runs
 
 
 def start_worker():
@@ -484,32 +518,16 @@ def start_worker():
     play.distributed = sft.init_distributed()
 
 
-def run(seeds, rates, folder):
-    """Run everything that is missing, in two processes.
-
-    Args:
-        rates: {arm: learning rates of stage 2}.
-    """
-    jobs = []
-    for seed in seeds:
-        for row in ("rctp", "sft", "mixed", "placebo"):
-            arms = []
-            for arm in ARMS:
-                if ARMS[arm].row == row:
-                    arms += [(arm, lr) for lr in rates[arm]]
-            jobs.append((row, seed, arms, folder))
+def run(series, seeds, rates):
+    """Run everything that a series lacks, in two processes. A row of arms is written when it is done."""
+    jobs = missing_jobs(series, seeds, rates)
+    runs = read(series)
     with multiprocessing.get_context("spawn").Pool(2, start_worker) as pool:
-        for n, _ in enumerate(pool.imap(play, jobs), 1):
+        for n, row in enumerate(pool.imap_unordered(play, jobs), 1):
+            for one in row:
+                runs.setdefault(one["arm"], []).append(one)
+            write(series, runs)
             print(f"{n} of {len(jobs)} rows", flush=True)
-
-
-def read(folder):
-    """Return {arm: [the JSON of its runs, by seed]}."""
-    found = {}
-    for path in sorted((HERE / folder).glob("*.json")):
-        one = json.loads(path.read_text())
-        found.setdefault(one["arm"], []).append(one)
-    return found
 
 
 def tuned():
@@ -525,9 +543,32 @@ def tuned():
     return rates
 
 
-# ---- Table and picture -------------------------------------------------------------------------------------
-# 97.5 % quantile of Student's t for 2 to 10 seeds: the unit is the seed, not the rollout.
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+# ---- Tables and picture ------------------------------------------------------------------------------------
+# 97.5 % quantile of Student's t for 2 to 10 and for 20 seeds: the unit is the seed, not the rollout.
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262,
+           20: 2.093}
+SIX = (
+    "SFT + GRPO",
+    "SFT + RC-GRPO",
+    "mixed, no token + GRPO",
+    "placebo + RC-GRPO",
+    "RCTP-FT + GRPO, always high",
+    "RCTP-FT + RC-GRPO",
+)
+STARTS = {"sft": "SFT", "mixed": "mixed, no token", "placebo": "placebo", "rctp": "RCTP-FT"}
+# A difference of success -> (arms that are added, arms that are subtracted).
+CONTRASTS = {
+    "SFT: gain of GRPO": (["SFT + GRPO"], ["SFT"]),
+    "RCTP-FT: gain of GRPO, always high": ([PRIMARY[1]], ["RCTP-FT"]),
+    "the second gain minus the first": ([PRIMARY[1], "SFT"], ["RCTP-FT", "SFT + GRPO"]),
+    "mixed data, no token: gain of GRPO": (["mixed, no token + GRPO"], ["mixed, no token"]),
+    "placebo tokens: gain of RC-GRPO": (["placebo + RC-GRPO"], ["placebo"]),
+    "RCTP-FT + RC-GRPO minus SFT + GRPO": ([PRIMARY[0]], ["SFT + GRPO"]),
+    "RCTP-FT + RC-GRPO minus placebo + RC-GRPO": ([PRIMARY[0]], ["placebo + RC-GRPO"]),
+    "the paper's 1st step: SFT + RC-GRPO minus SFT + GRPO": (["SFT + RC-GRPO"], ["SFT + GRPO"]),
+    "its 2nd step: RCTP-FT + GRPO minus SFT + RC-GRPO": ([PRIMARY[1]], ["SFT + RC-GRPO"]),
+    "its 3rd step: RCTP-FT + RC-GRPO minus RCTP-FT + GRPO": ([PRIMARY[0]], [PRIMARY[1]]),
+}
 
 
 def interval(values) -> tuple[float, float]:
@@ -536,77 +577,106 @@ def interval(values) -> tuple[float, float]:
     return float(np.mean(values)), STUDENT[n] * float(np.std(values, ddof=1)) / math.sqrt(n)
 
 
-def gain(runs, arm, other) -> tuple[float, float]:
-    """Return by how many points an arm exceeds another in success, over the seeds that both have.
+def contrast(runs, plus, minus) -> list[float]:
+    """Return a difference of success in points, one per seed that all of these arms have."""
+    success_of = {arm: {one["seed"]: one["success"] for one in runs[arm]} for arm in (*plus, *minus)}
+    seeds = set.intersection(*map(set, success_of.values()))
+    values = []
+    for seed in sorted(seeds):
+        added = sum(success_of[arm][seed] for arm in plus)
+        values.append(100 * (added - sum(success_of[arm][seed] for arm in minus)))
+    return values
 
-    Returns:
-        The mean and half the width of its 95 % interval.
+
+def gain(runs, arm, other) -> tuple[float, float]:
+    """Return by how many points an arm exceeds another, and half the width of the 95 % interval."""
+    return interval(contrast(runs, [arm], [other]))
+
+
+def span(values) -> str:
+    """Return mean, 95 % interval and number of positive seeds as text."""
+    mean, half = interval(values)
+    above = sum(value > 0 for value in values)
+    return f"{mean:+.1f} ({mean - half:.1f} to {mean + half:.1f}), {above} of {len(values)}"
+
+
+def contrast_table(series) -> str:
+    """Return CONTRASTS as a table in Markdown, with a column per series and one of their seeds together."""
+    lines = [f"| difference in points | {' | '.join(series)} | together |", "|" + "---|" * (2 + len(series))]
+    for name, (plus, minus) in CONTRASTS.items():
+        columns = []
+        for runs in series.values():
+            if runs.keys() >= {*plus, *minus}:
+                columns.append(contrast(runs, plus, minus))
+        if columns:
+            columns.append([value for column in columns for value in column])
+            lines.append(f"| {name} | " + " | ".join(map(span, columns)) + " |")
+    return "\n".join(lines)
+
+
+def power(values, difference=2.0):
+    """Return the probability that a t-test over as many seeds finds a difference of so many points.
+
+    The seeds vary as these values do. It is the share of 100,000 simulated experiments.
     """
-    success_of = {one["seed"]: one["success"] for one in runs[other]}
-    pairs = [(one["success"], success_of[one["seed"]]) for one in runs[arm] if one["seed"] in success_of]
-    mean, half = interval([a - b for a, b in pairs])
-    return 100 * mean, 100 * half
+    n = len(values)
+    seeds = np.random.default_rng(0).normal(difference, np.std(values, ddof=1), (100_000, n))
+    bound = STUDENT[n] * seeds.std(1, ddof=1) / math.sqrt(n)  # [experiments]
+    return float(np.mean(seeds.mean(1) > bound))
 
 
 def mean_of(lines, name):
     return np.mean([line[name] for line in lines])
 
 
-def stage2_cells(arm, runs) -> list[str]:
-    """Return the cells of the table about stage 2.
-
-    Figures are means of the first and of the last five updates, or of all.
-    """
-    logs = [one["log"] for one in runs]
-    if not any(logs):
-        return [""] * 5
-    first = [line for log in logs for line in log[:5]]
-    last = [line for log in logs for line in log[-5:]]
-    lines = [line for log in logs for line in log]
-    mode_gap = ""  # only for training rollouts under both reward tokens; some groups have only one
-    if ARMS[arm].flags in ("", "--advantage within_reward_token"):
-        mode_gap = f"{mean_of(first, 'rc/mode_gap'):.2f} → {mean_of(last, 'rc/mode_gap'):.2f}"
-    zero_std = "frac_reward_zero_std"
-    within = mean_of(lines, "rc/var_within_tokens")
-    between = mean_of(lines, "rc/var_between_tokens")
-    return [
-        mode_gap,
-        f"{mean_of(first, zero_std):.2f} → {mean_of(last, zero_std):.2f}",
-        f"{within:.3f} + {between:.3f}",
-        f"{mean_of(lines, 'grad_norm'):.2f}",
-        f"{mean_of(runs, 'updates'):.1f}",
-    ]
-
-
-def table(runs) -> str:
-    """Return the arms as a table in Markdown."""
+def table(runs, arms) -> str:
+    """Return arms of stage 2 as a table in Markdown."""
     lines = [
-        "| arm | lr | success | against always high | under high, low | mode gap | dead groups "
-        "| variance within + between | grad norm | updates |",
-        "|" + "---|" * 10,
+        "| arm | lr | start | end | gain | minus always high | zero-std groups | success under low |",
+        "|" + "---|" * 8,
     ]
-    for arm in ARMS:
-        if arm not in runs:
+    for arm in arms:
+        start = STARTS[ARMS[arm].row]
+        if not runs.keys() >= {arm, start}:
             continue
-        some = runs[arm]
-        mean, half = interval([one["success"] for one in some])
+        logs = [one["log"] for one in runs[arm]]
+        zero_std = ""
+        if any(logs):
+            first = [line for log in logs for line in log[:5]]
+            last = [line for log in logs for line in log[-5:]]
+            name = "frac_reward_zero_std"
+            zero_std = f"{100 * mean_of(first, name):.0f} → {100 * mean_of(last, name):.0f} %"
         difference = ""
         if arm != PRIMARY[1]:
             mark = "**primary** " if arm == PRIMARY[0] else ""
             difference = mark + "{:+.1f} ± {:.1f}".format(*gain(runs, arm, PRIMARY[1]))
-        by_reward_token = [one["by_reward_token"] for one in some]
-        high = 100 * mean_of(by_reward_token, "high")
-        low = 100 * mean_of(by_reward_token, "low")
+        low = []
+        for some in (runs[start], runs[arm]):
+            low.append(100 * mean_of([one["by_reward_token"] for one in some], "low"))
         cells = [
             arm,
-            f"{some[0]['lr']:g}",
-            f"{100 * mean:.1f} ± {100 * half:.1f}",
+            f"{runs[arm][0]['lr']:g}",
+            f"{100 * mean_of(runs[start], 'success'):.1f}",
+            f"{100 * mean_of(runs[arm], 'success'):.1f}",
+            "{:+.1f} ± {:.1f}".format(*gain(runs, arm, start)),
             difference,
-            f"{high:.1f}, {low:.1f}",
-            *stage2_cells(arm, some),
+            zero_std,
+            f"{low[0]:.0f} → {low[1]:.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def predicted(runs) -> str:
+    """Return what the exact model says of this world, at its mean success rates after RCTP-FT."""
+    rates = [one["by_reward_token"] for one in runs["RCTP-FT"]]
+    p_high, p_low = (np.clip(mean_of(rates, token), 0.001, 0.999) for token in ("high", "low"))
+    moves = []
+    for a, b in ((3, 1), (1, 1), (1, 3)):
+        found = exact.compare(8, p_high, p_low, (a, b))
+        moves.append(f"{found['move']:.2f} (signal-to-noise {found['snr']:.2f}) for {a} : {b}")
+    return (f"The exact model at p_high = {p_high:.2f}, p_low = {p_low:.2f}, G = 8: RC-GRPO's move of high's "
+            f"logit over always high's is {', '.join(moves)}.\n")
 
 
 # Colours of the rows.
@@ -660,22 +730,21 @@ def draw(runs):
 def report():
     """Write world.md and world.png."""
     runs = read("test")
-    points, half = gain(runs, *PRIMARY)
-    text = table(runs)
-    text += (f"\n\nPrimary comparison, {PRIMARY[0]} minus {PRIMARY[1]}: {points:+.1f} points of test "
-             f"success, 95 % interval {points - half:+.1f} to {points + half:+.1f}, "
-             f"{len(runs[PRIMARY[0]])} seeds. All other comparisons are exploratory.\n")
+    others = [arm for arm in STAGE2_ARMS if arm not in SIX]
+    series = {"`test`": runs, "`first_test`": read("first_test")}
+    text = "\n\n".join([table(runs, SIX), table(runs, others), contrast_table(series)])
+    differences = contrast(runs, PRIMARY[:1], PRIMARY[1:])
+    text += (f"\n\nPrimary comparison, {PRIMARY[0]} minus {PRIMARY[1]}: {span(differences)} seeds above 0. "
+             f"All other comparisons are exploratory. The power for 2 points was {power(differences):.0%}.\n")
     grid = read("grid")
     rates = {one["lr"] for some in grid.values() for one in some}
     for lr in sorted(rates):
         some = {arm: [one for one in grid[arm] if one["lr"] == lr] for arm in PRIMARY}
         points, half = gain(some, *PRIMARY)
         text += f"On validation tasks, both at learning rate {lr:g}: {points:+.1f} ± {half:.1f}.\n"
-    others = {"placebo + RC-GRPO": "mixed, no token + GRPO", "SFT + RC-GRPO": "SFT + GRPO"}
-    for arm, other in others.items():
-        if arm in runs and other in runs:
-            points, half = gain(runs, arm, other)
-            text += f"{arm} minus {other}: {points:+.1f} ± {half:.1f}.\n"
+    edges = [arm for arm in STAGE2_ARMS if arm in runs and runs[arm][0]["lr"] in (GRID[0], GRID[-1])]
+    text += f"{len(edges)} of {len(STAGE2_ARMS)} arms have a learning rate at the edge of the grid.\n"
+    text += predicted(runs)
     commits = {one["commit"][:12] for some in runs.values() for one in some}
     text += f"Made by `python results/world.py run` at {', '.join(sorted(commits))}.\n"
     HERE.with_suffix(".md").write_text(text)
@@ -690,13 +759,13 @@ def main():
         if not (HERE / "base").exists():
             pretrain(sft.init_distributed())
         rates |= dict.fromkeys(STAGE2_ARMS, GRID)
-        run(TUNING_SEEDS, rates, "tuning")
+        run("tuning", TUNING_SEEDS, rates)
         return
     if command == "grid":
         rates |= dict.fromkeys(PRIMARY, (*GRID, 2 * GRID[-1]))
-        run(SEEDS, rates, "grid")
+        run("grid", SEEDS, rates)
     if command == "run":
-        run(SEEDS, {arm: [lr] for arm, lr in tuned().items()}, "test")
+        run("test", SEEDS, {arm: [lr] for arm, lr in tuned().items()})
     report()
 
 
