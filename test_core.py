@@ -5233,7 +5233,9 @@ def unread(tmp_path_factory):
         command = f"{launcher} {sys.executable} sft_rctp.py --model tiny {flags} --out {folder}/{way}"
         runs[way] = subprocess.Popen(
             command.split(), cwd=HERE, stdout=subprocess.PIPE, stderr=stderr,
-            env={**os.environ, "OMP_NUM_THREADS": "1"})
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            # If the test suite itself runs under nohup, its children would ignore the signal.
+            preexec_fn=functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL))
     waiting = [*LOSSES]
     while waiting:
         time.sleep(0.01)
