@@ -6761,14 +6761,14 @@ def test_the_exact_variance_is_that_of_samples(name, p_high, p_low):
     """The variance must be the sum of its parts within and between reward tokens, as the README says."""
     found = sampled_groups(name, p_high, p_low)
 
-    assert abs(found.zero_std - found.exact["dead"]) < 0.006
+    assert abs(found.zero_std - found.exact["zero_std"]) < 0.006
     assert abs(found.variance - found.exact["variance"]) < 0.002
     assert abs(found.variance - found.exact["within"] - found.exact["between"]) < 0.002
 
 
 @functools.cache
 def exact_figures(name):
-    """Return the figures at p_h = .99, p_l = .01, P(high) = 1/2, G = 5."""
+    """Return the figures at p_high = .99, p_low = .01, P(high) = 1/2, G = 5."""
     return exact.Arm(name, 5).figures(0.99, 0.01)
 
 
@@ -6782,7 +6782,7 @@ def test_exact_figures_at_known_points(name, variance, zero_std, gradient):
     """An enumeration may agree with its own code and with no calculation by hand."""
     at = exact_figures(name)
 
-    found = [at["variance"], at["dead"], at["gradient_high"]]
+    found = [at["variance"], at["zero_std"], at["gradient_high"]]
 
     assert np.abs(np.subtract(found, [variance, zero_std, gradient])).max() < 1e-4, found
 
@@ -6806,23 +6806,65 @@ def test_rc_grpo_teaches_the_low_token_to_succeed():
 
 @pytest.mark.parametrize("p_high, p_low, snr", [
     (0.8, 0.2, 1.5), (0.91, 0.2, 2.2), (0.97, 0.2, 3.7),
-    (0.99, 0.2, 6.4), (0.99, 0.5, 7.1), (0.97, 0.05, 2.0),
+    (0.99, 0.2, 6.4), (0.99, 0.5, 7.1), (0.97, 0.05, 2.0), (0.55, 0.05, 0.54),
 ])
 def test_the_map_at_known_points(p_high, p_low, snr):
     """Where RC-GRPO should help is what the next experiment is planned by. (From another enumeration.)"""
-    found = exact.compare(5, p_high, p_low, (3, 1))
+    found = exact.compare(5, [(p_high, p_low)], (3, 1))
 
     assert abs(found["snr"] - snr) < 0.05
 
 
-def test_the_map_is_stored_as_it_is_drawn():
+@pytest.mark.parametrize("scale", exact.SCALES)
+def test_the_map_of_large_groups_is_that_of_the_theory(scale):
+    """The formula on the page of results: high's move relative to always high's, for large G."""
+    p_high, p_low = 0.6, 0.3
+    a, b = scale
+    c = (a * a - b * b) / (a * a + b * b)
+    v_high, v_low = p_high * (1 - p_high), p_low * (1 - p_low)
+    w = (v_high + v_low) / 2
+    expected = (v_high + c * v_low) / 2 / (v_high * (w + 0.3**2 / 4))**0.5
+
+    small, large = (exact.compare(G, [(p_high, p_low)], scale)["move"] for G in (8, 16))
+
+    assert abs(large - expected) < abs(small - expected)
+    assert large == pytest.approx(expected, rel=0.03)
+
+
+def test_noise_from_elsewhere_follows_the_groups_with_a_gradient():
+    """In one direction alone, certain outcomes have no noise: the map would promise too much."""
+    found = exact.compare(5, [(0.99, 0.5)], (3, 1))
+    always, mixed = (
+        exact.Arm(name, 5).figures(0.99, 0.5, (3, 1)) for name in ("GRPO, always high", "RC-GRPO"))
+
+    alive = (1 - always["zero_std"]) / (1 - mixed["zero_std"])
+
+    assert found["elsewhere"] == pytest.approx(found["move"] * alive**0.5)
+    assert 2.3 < found["elsewhere"] < 2.5
+
+
+def test_tasks_are_averaged_before_their_ratio():
+    """A mean of ratios is ruled by the tasks where always high has hardly any gradient."""
+    one, other = (0.9, 0.2), (0.6, 0.1)
+
+    both = exact.compare(5, [one, other], (1, 1))["move"]
+
+    moves = []
+    for name in ("RC-GRPO", "GRPO, always high"):
+        arm = exact.Arm(name, 5)
+        found = [arm.figures(*rates) for rates in (one, other)]
+        moves.append(sum(at["gradient_skill"] + at["gradient_mode"] for at in found))
+    assert both == pytest.approx(moves[0] / moves[1])
+
+
+def test_the_map_is_stored_by_row_and_column():
     """Rows and columns that are exchanged point to another place on the map."""
     stored = json.loads((HERE / "results/exact.json").read_text())
     place = stored[exact.map_key(5, (3, 1))]
     row = exact.P_LOW.index(0.2)
     column = exact.P_HIGH.index(0.97)
 
-    found = exact.compare(5, 0.97, 0.2, (3, 1))
+    found = exact.compare(5, [(0.97, 0.2)], (3, 1))
 
     assert {name: place[name][row][column] for name in place} == pytest.approx(found, rel=1e-3)
 
@@ -6916,7 +6958,7 @@ WORLD_ARMS = [(arm, 1e-3) for arm in (
 
 @pytest.fixture(scope="module")
 def small_world(distributed, tmp_path_factory):
-    """The folder of four short arms of two seeds, in which `world` works until the fixture ends."""
+    """The folder of five short arms of two seeds, in which `world` works until the fixture ends."""
     folder = tmp_path_factory.mktemp("world")
     shutil.copytree(world.HERE / "base", folder / "world/base")
     with pytest.MonkeyPatch.context() as patch:
@@ -6962,13 +7004,19 @@ def test_a_finished_run_is_not_made_again(small_world):
     assert world.missing_jobs("test", [1], rates) == [("rctp", 1, [("RCTP-FT", 0.5)], True)]
 
 
-def test_a_line_that_was_cut_off_is_run_again(small_world, monkeypatch, tmp_path):
-    """A kill while a file is written, or a full disk, must not end the experiment, nor lose other runs."""
+def test_a_line_that_was_cut_off_is_missing(small_world, monkeypatch, tmp_path):
+    """A full disk must not end the experiment, nor lose other runs. Damage within the file is not hidden."""
     text = (small_world / "world/test.jsonl").read_text()
-    (tmp_path / "test.jsonl").write_text(text[:-20])
     monkeypatch.setattr(world, "HERE", tmp_path)
+    (tmp_path / "test.jsonl").write_text(text[:-20])
+    rates = dict.fromkeys(world.ARMS, ()) | {arm: [lr] for arm, lr in WORLD_ARMS}
 
-    assert sum(map(len, world.read("test").values())) == len(WORLD_ARMS) * 2 - 1
+    [(_, _, missing, _)] = world.missing_jobs("test", [0, 1], rates)
+
+    assert len(missing) == 1
+    (tmp_path / "test.jsonl").write_text("<<<<<<<\n" + text)
+    with pytest.raises(ValueError):
+        world.read("test")
 
 
 def test_the_report_of_two_seeds(small_world):
@@ -6979,6 +7027,8 @@ def test_the_report_of_two_seeds(small_world):
     assert "**primary**" in text
     assert "the paper's 1st step" not in text  # no arm of SFT was run
     assert "its 3rd step" in text
+    rows = [line.count("|") for line in text.split("\n\n")[2].splitlines()]
+    assert len(set(rows)) == 1
     assert (small_world / "world.png").stat().st_size > 5000
 
 
@@ -7002,6 +7052,7 @@ def test_a_contrast_is_paired_by_seed():
 
     assert world.contrast(runs, ["a"], ["b"]) == [25, 0]
     assert world.contrast(runs, ["a", "c"], ["b"]) == [25, 12.5]
+    assert world.over_series([[25.0, 0.0], [5.0, 5.0]])[0] == 8.75
     assert world.span([25.0, 0.0]) == "+12.5 (-146.3 to 171.3), 1 of 2"
 
 

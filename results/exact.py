@@ -8,7 +8,7 @@ reward is 0 or 1, so a group of G rollouts is one of a few patterns of reward to
 pattern has its probability. Advantages and loss are the project's own. All figures are per rollout, so that
 arms of one budget can be compared:
 
-    dead        share of the zero-std groups, whose rewards are all equal
+    zero_std    share of the zero-std groups, whose rewards are all equal
     variance    within-group, of the rewards: the sum of the parts within and between reward tokens
     gradient    expected, of the gain that `policy_loss` maximises, on a parameter or logit; std: of one group
     step        increase of P(success | high) and P(success | low) by one plain gradient step of lr 1
@@ -19,10 +19,13 @@ arms of one budget can be compared:
                 depends on the adaptive optimizer
 
 How much of a network both modes share is unknown, so skill and mode may weigh differently: high's logit is a
-skill + b mode, and (a, b) = (1, 1), (3, 1), (1, 3) are shown. The map has RC-GRPO relative to always high:
-the ratio of their snr, and of the changes of high's logit for a vanishing learning rate (a step of lr 1
-saturates). GRPO without a reward token learns the skill of
-a policy between both modes: at p_l = 1 - p_h it succeeds half of the time, whatever p_h is.
+skill + b mode, and (a, b) = (1, 1), (3, 1), (1, 3) are shown. GRPO without a reward token learns the skill of
+a policy between both modes: at p_low = 1 - p_high it succeeds half of the time, whatever p_high is.
+
+The map has RC-GRPO relative to always high: the ratio of the moves of high's logit, for a vanishing learning
+rate (a step of lr 1 saturates), and of the signal-to-noise of these moves. In this model a group is noise in
+one direction only. A network has many others. If all noise came from those, it would be proportional to
+the root of the share of groups that have a gradient: the third ratio.
 """
 import contextlib
 import functools
@@ -35,6 +38,7 @@ from collections import Counter
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -56,11 +60,11 @@ ARMS = {
     "always high, virtual success": ([1], "virtual_success", False),
     "always high, dynamic sampling": ([1], "group", True),
 }
-# Title -> p_l as a function of p_h.
+# Title -> p_low as a function of p_high.
 RELATIONS = {
-    "p_l = .05": lambda high: 0.05,
-    "p_l = p_h": lambda high: high,
-    "p_l = 1 - p_h": lambda high: 1 - high,
+    "p_low = .05": lambda high: 0.05,
+    "p_low = p_high": lambda high: high,
+    "p_low = 1 - p_high": lambda high: 1 - high,
 }
 P_HIGH = [percent / 100 for percent in range(1, 100, 2)]
 P_LOW = (0.01, 0.05, 0.1, 0.2, 0.35, 0.5)  # of the map
@@ -138,7 +142,7 @@ class Arm:
         zero_std = mean(self.zero_std)
         noise = max(std(moved_high), 1e-9)  # `sign` at 1/2 has none
         return {
-            "dead": zero_std,
+            "zero_std": zero_std,
             "cost": 1 / (1 - zero_std) if self.dynamic_sampling else 1.0,
             "within": mean(self.within),
             "between": mean(self.between),
@@ -155,22 +159,35 @@ class Arm:
         }
 
 
-def compare(G, p_high, p_low, scale) -> dict[str, float]:
-    """Return RC-GRPO relative to always high: the ratios of their snr, and of the moves of high's logit."""
+def compare(G, rates, scale) -> dict[str, float]:
+    """Return RC-GRPO relative to always high, averaged over tasks.
+
+    Args:
+        rates: (p_high, p_low) of each task.
+
+    Returns:
+        The ratios of the `move` of high's logit, of its signal-to-noise (`snr`), and of the signal-to-noise
+        if all noise came from other directions (`elsewhere`).
+    """
     both = []
     for name in ("RC-GRPO", "GRPO, always high"):
-        at = arm_of(name, G).figures(p_high, p_low, scale)
-        move = scale[0] * at["gradient_skill"] + scale[1] * at["gradient_mode"]
-        both.append((at["snr"], move))
-    (snr, move), (snr_always, move_always) = both
-    return {"snr": snr / snr_always, "move": move / move_always}
+        moves = []  # mean, mean of the square, and share of groups with a gradient, per task
+        for p_high, p_low in rates:
+            at = arm_of(name, G).figures(p_high, p_low, scale)
+            move = scale[0] * at["gradient_skill"] + scale[1] * at["gradient_mode"]
+            noise = move / at["snr"] / math.sqrt(G)
+            moves.append((move, noise**2 + move**2, 1 - at["zero_std"]))
+        move, square, alive = (sum(column) / len(rates) for column in zip(*moves))
+        both.append((move, move / math.sqrt(square - move**2), move / math.sqrt(alive)))
+    ratios = [mine / other for mine, other in zip(*both)]
+    return dict(zip(("move", "snr", "elsewhere"), ratios))
 
 
 def enumerate_map(G, scale) -> dict[str, list]:
     """Return `compare` as [P_LOW][P_HIGH] per figure."""
-    found = {"snr": [], "move": []}
+    found = {"move": [], "snr": [], "elsewhere": []}
     for p_low in P_LOW:
-        points = [compare(G, p_high, p_low, scale) for p_high in P_HIGH]
+        points = [compare(G, [(p_high, p_low)], scale) for p_high in P_HIGH]
         for figure, rows in found.items():
             rows.append([float(f"{point[figure]:.4g}") for point in points])
     return found
@@ -181,26 +198,32 @@ def map_key(G, scale):
 
 
 def draw_map(found):
-    """Draw map.png: one line of panels per figure, one column per sharing; white is 1, where a line is."""
+    """Draw map.png: one line of panels per figure, one column per sharing."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    titles = {"snr": "signal-to-noise", "move": "move of high's logit"}
+    titles = {
+        "snr": "signal-to-noise",
+        "elsewhere": "the same, if all noise\ncomes from other directions",
+        "move": "move of high's logit",
+    }
     norm = matplotlib.colors.TwoSlopeNorm(1, -1, 4)
-    size, axes = plt.subplots(2, 3, figsize=(11, 6), sharex=True, sharey=True, layout="constrained")
+    places = range(len(P_LOW))
+    size, axes = plt.subplots(3, 3, figsize=(11, 8), sharex=True, sharey=True, layout="constrained")
     for line, (figure, title) in zip(axes, titles.items()):
         for axis, scale in zip(line, ((3, 1), (1, 1), (1, 3))):
-            ratios = found[map_key(5, scale)][figure]
-            places = range(len(P_LOW))
+            ratios = np.array(found[map_key(5, scale)][figure])  # [P_LOW, P_HIGH]
+            better = np.array(P_HIGH) > np.array(P_LOW)[:, None]
+            ratios = np.where(better, ratios, np.nan)
             mesh = axis.pcolormesh(P_HIGH, places, ratios, norm=norm, cmap="RdBu", shading="nearest")
             axis.contour(P_HIGH, places, ratios, [1], colors="black")
-            axis.set_title(f"{title}\nskill : mode = {scale[0]} : {scale[1]}")
+            axis.set_title(f"{title}\nskill : mode = {scale[0]} : {scale[1]}", fontsize=10)
             axis.set_yticks(places, P_LOW)
     for axis in axes[-1]:
         axis.set_xlabel("p_high")
     for axis in axes[:, 0]:
         axis.set_ylabel("p_low")
-    size.colorbar(mesh, ax=axes, extend="both", label="RC-GRPO / always high, G = 5")
+    size.colorbar(mesh, ax=axes, extend="both", label="RC-GRPO / always high, G = 5; the line is at 1")
     size.savefig(HERE.with_name("map.png"), dpi=90)
     plt.close(size)
 
@@ -210,18 +233,18 @@ def key(arm, G, relation, scale):
 
 
 def draw(found):
-    """Draw exact.png: one line of plots per figure, one column per relation of p_l to p_h."""
+    """Draw exact.png: one line of plots per figure, one column per relation of p_low to p_high."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     shown = [  # figure, scale, title
-        ("dead", (1, 1), "dead groups"),
+        ("zero_std", (1, 1), "zero-std groups"),
         ("variance", (1, 1), "within-group variance\ndotted: within tokens"),
     ]
     for a, b in SCALES:
         shown.append(("step_high", (a, b), f"step of P(success | high)\nskill : mode = {a} : {b}"))
     shown.append(("step_low", (1, 1), "step of P(success | low)"))
-    shown.append(("snr", (1, 1), "snr of high's step, per rollout"))
+    shown.append(("snr", (1, 1), "signal-to-noise of high's\nstep, per rollout"))
     figure, axes = plt.subplots(
         len(shown),
         3,
@@ -241,7 +264,7 @@ def draw(found):
     axes[-1, 0].set_yscale("log")
     for top, bottom, relation in zip(axes[0], axes[-1], RELATIONS):
         top.set_title(f"{relation}, G = 5")
-        bottom.set_xlabel("p_h = P(success | high)")
+        bottom.set_xlabel("p_high = P(success | high)")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(HERE.with_suffix(".png"), dpi=90)
@@ -268,12 +291,12 @@ def main():
     HERE.with_suffix(".json").write_text("{" + ",\n".join(lines) + "}\n")
     draw(found)
     draw_map(found)
-    title = "G = 5, p_h = .99, p_l = .01"
-    print(f"{title:32} dead groups  variance  gradient  step high  step low    snr")
+    title = "G = 5, p_high = .99, p_low = .01"
+    print(f"{title:32} zero-std      variance  gradient  step high  step low    snr")
     for arm in ARMS:
-        curves = found[key(arm, 5, "p_l = 1 - p_h", (1, 1))]
+        curves = found[key(arm, 5, "p_low = 1 - p_high", (1, 1))]
         at = {name: curve[-1] for name, curve in curves.items()}
-        print(f"{arm:32}{at['dead']:12.4f}{at['variance']:10.4f}{at['gradient_high']:10.4f}"
+        print(f"{arm:32}{at['zero_std']:12.4f}{at['variance']:10.4f}{at['gradient_high']:10.4f}"
               f"{at['step_high']:11.5f}{at['step_low']:10.5f}{at['snr']:7.3f}")
 
 

@@ -29,7 +29,6 @@ How the settings were chosen, on validation tasks and on seeds of no arm:
 
     Learning rates: the first grid, 3e-4, 1e-3 and 3e-3, was too high at its upper end.
 """
-import contextlib
 import copy
 import json
 import math
@@ -324,11 +323,24 @@ def own_pairs(policy, tasks, seed):
     return [list(pair) for pair in zip(high, low)]
 
 
-def reinforce(policy, tasks, flags, lr, seed, distributed, validate):
+def sample_batch(policy, tasks, cursor, step, args, distributed):
+    """Sample the groups of one update.
+
+    Returns:
+        The packs with their advantages and weights, all groups that were sampled, the next cursor.
+    """
+    groups, sampled, cursor = rl.sample_groups(policy, tasks, cursor, step, Ledger, args, distributed)
+    packs = sft.pad_packs(sampler.pack(rl.trajectories_of(groups)), distributed)
+    rl.assign_advantages(packs, groups, args)
+    return packs, sampled, cursor
+
+
+def reinforce(policy, tasks, flags, lr, seed, distributed, validate=None, sample_batch=sample_batch):
     """Run stage 2: updates until ROLLOUTS are used up.
 
     Args:
         validate: called four times, without arguments.
+        sample_batch: a function as the one above.
 
     Returns:
         One dict per step.
@@ -347,10 +359,7 @@ def reinforce(policy, tasks, flags, lr, seed, distributed, validate):
         args.dynamic_sampling = min(most, (total - cursor) // args.prompts_per_step - 1)
         step = len(log) + 1
         before = cursor
-        groups, sampled, cursor = rl.sample_groups(policy, tasks, cursor, step, Ledger, args, distributed)
-        trajectories = [t for group in groups for t in group.trajectories]
-        packs = sft.pad_packs(sampler.pack(trajectories), distributed)
-        rl.assign_advantages(packs, groups, args)
+        packs, sampled, cursor = sample_batch(policy, tasks, cursor, step, args, distributed)
         for p in packs:
             with torch.no_grad():
                 p.ref_logp = sampler.token_logprobs(reference, p, policy.banned)  # [M]
@@ -363,7 +372,7 @@ def reinforce(policy, tasks, flags, lr, seed, distributed, validate):
             if name in metrics:
                 line[name] = float(f"{metrics[name]:.5g}")
         is_last = cursor + args.prompts_per_step > total
-        if is_last or 4 * cursor // total > 4 * before // total:
+        if validate and (is_last or 4 * cursor // total > 4 * before // total):
             line["validation"] = validate()
         log.append(line)
     return log
@@ -421,13 +430,12 @@ def make_tasks(part, count):
 
 def read(series):
     """Return {arm: [its runs, by learning rate and seed]} of world/SERIES.jsonl, one run per line."""
-    lines = []
     path = HERE / f"{series}.jsonl"
-    for text in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):  # a kill may have cut off a line
-            lines.append(json.loads(text))
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    if lines and not lines[-1].endswith("\n"):  # cut off by a kill
+        lines.pop()
     found = {}
-    for one in sorted(lines, key=lambda one: (one["lr"], one["seed"])):
+    for one in sorted(map(json.loads, lines), key=lambda one: (one["lr"], one["seed"])):
         found.setdefault(one["arm"], []).append(one)
     return found
 
@@ -453,7 +461,7 @@ def missing_jobs(series, seeds, rates):
                 if ARMS[arm].row == row:
                     arms += [(arm, lr) for lr in rates[arm] if (arm, seed, lr) not in done]
             if arms:
-                jobs.append((row, seed, arms, "test" in series))
+                jobs.append((row, seed, arms, series == "test"))
     return jobs
 
 
@@ -519,7 +527,10 @@ def start_worker():
 
 
 def run(series, seeds, rates):
-    """Run everything that a series lacks, in two processes. A row of arms is written when it is done."""
+    """Run everything that a series lacks, in two processes.
+
+    A row of arms is written when it is done: a kill loses the minutes of two rows.
+    """
     jobs = missing_jobs(series, seeds, rates)
     runs = read(series)
     with multiprocessing.get_context("spawn").Pool(2, start_worker) as pool:
@@ -544,9 +555,9 @@ def tuned():
 
 
 # ---- Tables and picture ------------------------------------------------------------------------------------
-# 97.5 % quantile of Student's t for 2 to 10 and for 20 seeds: the unit is the seed, not the rollout.
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262,
-           20: 2.093}
+# 97.5 % quantile of Student's t for 2 to 10 seeds, and for two series of 10: the unit is the seed, not the
+# rollout.
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 SIX = (
     "SFT + GRPO",
     "SFT + RC-GRPO",
@@ -563,8 +574,12 @@ CONTRASTS = {
     "the second gain minus the first": ([PRIMARY[1], "SFT"], ["RCTP-FT", "SFT + GRPO"]),
     "mixed data, no token: gain of GRPO": (["mixed, no token + GRPO"], ["mixed, no token"]),
     "placebo tokens: gain of RC-GRPO": (["placebo + RC-GRPO"], ["placebo"]),
-    "RCTP-FT + RC-GRPO minus SFT + GRPO": ([PRIMARY[0]], ["SFT + GRPO"]),
-    "RCTP-FT + RC-GRPO minus placebo + RC-GRPO": ([PRIMARY[0]], ["placebo + RC-GRPO"]),
+    "end: RCTP-FT + RC-GRPO minus SFT + GRPO": ([PRIMARY[0]], ["SFT + GRPO"]),
+    "end: RCTP-FT + GRPO minus SFT + GRPO": ([PRIMARY[1]], ["SFT + GRPO"]),
+    "end: mixed + GRPO minus SFT + GRPO": (["mixed, no token + GRPO"], ["SFT + GRPO"]),
+    "end: placebo + RC-GRPO minus SFT + GRPO": (["placebo + RC-GRPO"], ["SFT + GRPO"]),
+    "end: RCTP-FT + RC-GRPO minus placebo + RC-GRPO": ([PRIMARY[0]], ["placebo + RC-GRPO"]),
+    "end: RCTP-FT + GRPO minus placebo + RC-GRPO": ([PRIMARY[1]], ["placebo + RC-GRPO"]),
     "the paper's 1st step: SFT + RC-GRPO minus SFT + GRPO": (["SFT + RC-GRPO"], ["SFT + GRPO"]),
     "its 2nd step: RCTP-FT + GRPO minus SFT + RC-GRPO": ([PRIMARY[1]], ["SFT + RC-GRPO"]),
     "its 3rd step: RCTP-FT + RC-GRPO minus RCTP-FT + GRPO": ([PRIMARY[0]], [PRIMARY[1]]),
@@ -601,17 +616,27 @@ def span(values) -> str:
 
 
 def contrast_table(series) -> str:
-    """Return CONTRASTS as a table in Markdown, with a column per series and one of their seeds together."""
-    lines = [f"| difference in points | {' | '.join(series)} | together |", "|" + "---|" * (2 + len(series))]
+    """Return CONTRASTS as a table in Markdown, with a column per series."""
+    lines = [f"| difference in points | {' | '.join(series)} |", "|" + "---|" * (1 + len(series))]
     for name, (plus, minus) in CONTRASTS.items():
-        columns = []
+        cells = []
         for runs in series.values():
-            if runs.keys() >= {*plus, *minus}:
-                columns.append(contrast(runs, plus, minus))
-        if columns:
-            columns.append([value for column in columns for value in column])
-            lines.append(f"| {name} | " + " | ".join(map(span, columns)) + " |")
+            has_all = runs.keys() >= {*plus, *minus}
+            cells.append(span(contrast(runs, plus, minus)) if has_all else "")
+        if any(cells):
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def over_series(columns) -> tuple[float, float]:
+    """Return the mean of the means of several series, and half the width of its 95 % interval.
+
+    The series differ in more than their seeds, so each has its own variance.
+    """
+    squares = [(half / STUDENT[len(column)])**2 for column in columns for _, half in [interval(column)]]
+    mean = np.mean([np.mean(column) for column in columns])
+    # Student's t with the degrees of freedom of two series of ten: 2.101.
+    return float(mean), 2.101 * math.sqrt(sum(squares)) / len(columns)
 
 
 def power(values, difference=2.0):
@@ -632,7 +657,7 @@ def mean_of(lines, name):
 def table(runs, arms) -> str:
     """Return arms of stage 2 as a table in Markdown."""
     lines = [
-        "| arm | lr | start | end | gain | minus always high | zero-std groups | success under low |",
+        "| arm | lr | start | end | gain | end minus always high's end | zero-std groups | under low |",
         "|" + "---|" * 8,
     ]
     for arm in arms:
@@ -667,16 +692,54 @@ def table(runs, arms) -> str:
     return "\n".join(lines)
 
 
+def task_rates(runs) -> list[tuple[float, float]]:
+    """Return (p_high, p_low) of 40 tasks that are like those of the first updates.
+
+    Tasks differ: p_high is spread as the beta distribution with their mean reward and their share of zero-std
+    groups under always high. p_low is the same for all.
+    """
+    first = [one["log"][0] for one in runs[PRIMARY[1]]]
+    mean = mean_of(first, "reward")
+    zero_std = mean_of(first, "frac_reward_zero_std")
+    p_low = mean_of([one["log"][0] for one in runs[PRIMARY[0]]], "rc/reward_low")
+    x = (np.arange(2000) + 0.5) / 2000
+    spreads = []
+    for concentration in np.geomspace(0.05, 50, 200):
+        density = x**(mean * concentration - 1) * (1 - x)**((1 - mean) * concentration - 1)
+        density /= density.sum()
+        error = abs((density * (x**8 + (1 - x)**8)).sum() - zero_std)  # groups of 8
+        spreads.append((error, concentration, density))
+    _, _, density = min(spreads, key=lambda spread: spread[0])
+    places = np.searchsorted(density.cumsum(), (np.arange(40) + 0.5) / 40)
+    return [(float(x[place]), max(0.001, float(p_low))) for place in places]
+
+
 def predicted(runs) -> str:
-    """Return what the exact model says of this world, at its mean success rates after RCTP-FT."""
-    rates = [one["by_reward_token"] for one in runs["RCTP-FT"]]
-    p_high, p_low = (np.clip(mean_of(rates, token), 0.001, 0.999) for token in ("high", "low"))
-    moves = []
+    """Return what the exact model says of the first updates."""
+    rates = task_rates(runs)
+    text = []
     for a, b in ((3, 1), (1, 1), (1, 3)):
-        found = exact.compare(8, p_high, p_low, (a, b))
-        moves.append(f"{found['move']:.2f} (signal-to-noise {found['snr']:.2f}) for {a} : {b}")
-    return (f"The exact model at p_high = {p_high:.2f}, p_low = {p_low:.2f}, G = 8: RC-GRPO's move of high's "
-            f"logit over always high's is {', '.join(moves)}.\n")
+        ratios = exact.compare(8, rates, (a, b))
+        figures = ", ".join(f"{name} {value:.2f}" for name, value in ratios.items())
+        text.append(f"{figures} for {a} : {b}")
+    p_high, p_low = np.mean(rates, axis=0)
+    return (f"The exact model for 40 tasks like those of the first update (p_high {p_high:.2f} on average, "
+            f"p_low {p_low:.2f}, G = 8), RC-GRPO over always high: {'; '.join(text)}.\n")
+
+
+def observed(grid, lr, rollouts) -> str:
+    """Return RC-GRPO's gain over always high's after some rollouts, both at one rate, on validation tasks."""
+    gains = []  # per arm: per seed
+    for arm in PRIMARY:
+        some = [dict(one["validation"]) for one in grid[arm] if one["lr"] == lr]
+        gains.append([validation[rollouts] - validation[0] for validation in some])
+    gains = np.array(gains)  # [2, seeds]
+    seeds = np.random.default_rng(0).integers(gains.shape[1], size=(10_000, gains.shape[1]))
+    mine, other = gains[:, seeds].mean(2)  # [10000] each
+    low, high = np.percentile(mine / other, [2.5, 97.5])
+    mean = gains[0].mean() / gains[1].mean()
+    return (f"After {rollouts} rollouts at lr {lr:g} RC-GRPO's gain is {mean:.2f} ({low:.2f} to {high:.2f}) "
+            "of always high's, on validation tasks.\n")
 
 
 # Colours of the rows.
@@ -730,13 +793,17 @@ def draw(runs):
 def report():
     """Write world.md and world.png."""
     runs = read("test")
+    grid = read("grid")
+    first = read("first_test")
     others = [arm for arm in STAGE2_ARMS if arm not in SIX]
-    series = {"`test`": runs, "`first_test`": read("first_test")}
+    series = {"`test`": runs, "`first_test`": first}
     text = "\n\n".join([table(runs, SIX), table(runs, others), contrast_table(series)])
     differences = contrast(runs, PRIMARY[:1], PRIMARY[1:])
     text += (f"\n\nPrimary comparison, {PRIMARY[0]} minus {PRIMARY[1]}: {span(differences)} seeds above 0. "
              f"All other comparisons are exploratory. The power for 2 points was {power(differences):.0%}.\n")
-    grid = read("grid")
+    if first:
+        points, half = over_series([differences, contrast(first, PRIMARY[:1], PRIMARY[1:])])
+        text += f"The same over both series: {points:+.1f} ± {half:.1f}.\n"
     rates = {one["lr"] for some in grid.values() for one in some}
     for lr in sorted(rates):
         some = {arm: [one for one in grid[arm] if one["lr"] == lr] for arm in PRIMARY}
@@ -745,8 +812,11 @@ def report():
     edges = [arm for arm in STAGE2_ARMS if arm in runs and runs[arm][0]["lr"] in (GRID[0], GRID[-1])]
     text += f"{len(edges)} of {len(STAGE2_ARMS)} arms have a learning rate at the edge of the grid.\n"
     text += predicted(runs)
-    commits = {one["commit"][:12] for some in runs.values() for one in some}
-    text += f"Made by `python results/world.py run` at {', '.join(sorted(commits))}.\n"
+    if grid:
+        text += observed(grid, 6e-4, 640) + observed(grid, 6e-4, ROLLOUTS)
+    for name, some in {"test": runs, "grid": grid, "first_test": first}.items():
+        commits = {one["commit"][:10] for arm in some.values() for one in arm}
+        text += f"`{name}` was made at {', '.join(sorted(commits))}.\n"
     HERE.with_suffix(".md").write_text(text)
     print(text)
     draw(runs)
