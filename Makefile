@@ -40,11 +40,12 @@ bench: $(VENV)/installed
 	$(RUN) bench.py train
 	$(RUN) bench.py step
 
-# The pictures and tables of the experiments: exact.py anew, world.py and ablation.py from their runs.
+# The pictures and tables of the experiments: exact.py anew, the others from their runs.
 results: $(VENV)/installed
 	$(RUN) results/group.py
 	$(RUN) results/exact.py
 	$(RUN) results/world.py
+	$(RUN) results/regimes.py
 	$(RUN) results/ablation.py
 
 # The next block of the ablation on BFCL (up to 2.5 hours; a killed one goes on), then its tables.

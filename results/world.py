@@ -367,7 +367,8 @@ def reinforce(policy, tasks, flags, lr, seed, distributed, validate=None, sample
         metrics = rl.update_policy(model, optimizer, packs, policy.banned, args, distributed)
         metrics |= rl.group_metrics(sampled, args.p_high)
         sft.load_full_weights(policy.model, model)
-        line = {"rollouts": cursor * args.group_size}
+        trained = sum(len(p.owners.unique()) for p in packs)
+        line = {"rollouts": cursor * args.group_size, "trained": trained}
         for name in LOGGED:
             if name in metrics:
                 line[name] = float(f"{metrics[name]:.5g}")
@@ -465,6 +466,11 @@ def missing_jobs(series, seeds, rates):
     return jobs
 
 
+def commit():
+    git = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(git, cwd=HERE.parent, text=True, capture_output=True).stdout.strip()
+
+
 def play(job) -> list[dict]:
     """Run one row of one seed: stage 1, then its arms.
 
@@ -473,8 +479,6 @@ def play(job) -> list[dict]:
             tasks).
     """
     row, seed, arms, is_test = job
-    git = ["git", "rev-parse", "HEAD"]
-    commit = subprocess.run(git, cwd=HERE.parent, text=True, capture_output=True).stdout.strip()
     tasks = make_tasks("train", TRAIN)
     val = make_tasks("val", HELD_OUT)
     first = sampler.load_policy(str(HERE / "base"), torch.float32, "cpu")
@@ -504,7 +508,7 @@ def play(job) -> list[dict]:
             "seed": seed,
             "lr": lr,
             "updates": len(log),
-            "commit": commit,
+            "commit": commit(),
             "validation": validation,
         }
         if is_test:
