@@ -280,6 +280,17 @@ def make_pair(policy, task, make_env, args, used, reward_token_of, failure=None)
 SUFFIX = 32  # most ids that the text of a reward token adds to a prompt
 
 
+def sample_failures_once(path, policy, model, tasks, make_env, args, distributed):
+    """Call `sample_failures`, unless a resumed run has the file.
+
+    Args:
+        policy: A full copy, which has the weights of the sharded `model` only while it samples."""
+    if not distributed.broadcast(distributed.is_main and path.exists()):
+        load_full_weights(policy.model, model)
+        sample_failures(path, policy, tasks, make_env, args, distributed)
+        free_weights(policy.model)
+
+
 def sample_failures(path, policy, tasks, make_env, args, distributed):
     """Write one failed rollout per task to a file: the first of at most --failure_tries that fails.
 
@@ -501,20 +512,12 @@ def main():
     model, optimizer = shard_model(policy, args, dtype, distributed)  # from here on policy.model is sharded
 
     # steps 1 and 2: successes and failures, played or sampled, and rendered
-    files = args.rollouts
+    files = [out / FAILURES] if to_sample else args.rollouts
     if to_sample:
-        files = [out / FAILURES]
-        if not distributed.broadcast(distributed.is_main and files[0].exists()):  # a resumed run has it
-            load_full_weights(sampler_policy.model, model)
-            sample_failures(files[0], sampler_policy, tasks, make_env, args, distributed)
-            free_weights(sampler_policy.model)
+        sample_failures_once(files[0], sampler_policy, model, tasks, make_env, args, distributed)
     pairs, left_out = stage1_data(policy, tasks, make_env, args, files)
-    if not pairs:
-        raise BfclError(f"none of the {len(tasks)} tasks gives a pair that fits --max_len {args.max_len}: "
-                        "raise it, or take smaller --tool_docs, with a new --out")
     data = list(chain.from_iterable(pairs))
-    digest = hashlib.sha256(str([t.ids for t in data]).encode()).hexdigest()
-    check_and_record_settings(out, distributed, {"data": digest})
+    check_data(data, tasks, args, out, distributed)
     pairs_per_step = max(1, args.batch_size // 2)
     steps = args.steps or args.epochs * math.ceil(len(pairs) / pairs_per_step)
     loop = TrainLoop(out, args, model, optimizer, steps, distributed)
@@ -522,11 +525,9 @@ def main():
     loop.state["stage_info"] = asdict(stage1_info(policy, data, call_format, args))
     distributed.print0(
         f"{transcript(data[-1], policy.tokenizer)}\n\n{data_statistics(data, args.max_new_tokens)}\n"
-        f"stage 1: {args.model} | docs {args.tool_docs}, call format {call_format} "
-        f"({policy.chat.call_format_reason}) | "
-        f"{len(pairs)} pairs of {len(tasks)} tasks, {left_out} too long | arm {args.arm}, "
-        f"failures {args.failures} | {steps} steps of {pairs_per_step} pairs, from {loop.done + 1} | {dtype} "
-        f"on {distributed.size} x {distributed.device.type} | {out}")
+        f"stage 1: {describe(policy, call_format, args)} | {len(pairs)} pairs of {len(tasks)} tasks, "
+        f"{left_out} too long | {steps} steps of {pairs_per_step} pairs, from {loop.done + 1} | {dtype} on "
+        f"{distributed.size} x {distributed.device.type} | {out}")
 
     for step in loop.steps():
         start = synced_time(distributed.device)
@@ -562,6 +563,24 @@ def main():
 
     # step 5: the model, for stage 2
     loop.end(policy)
+
+
+def check_data(data, tasks, args, out, distributed):
+    """Check that there is training data, and that it is this run's.
+
+    Raises:
+        BfclError: If it is not."""
+    if not data:
+        raise BfclError(f"none of the {len(tasks)} tasks gives a pair that fits --max_len {args.max_len}: "
+                        "raise it, or take smaller --tool_docs, with a new --out")
+    digest = hashlib.sha256(str([t.ids for t in data]).encode()).hexdigest()
+    check_and_record_settings(out, distributed, {"data": digest})
+
+
+def describe(policy, call_format, args):
+    """Return the flags of a run for its first line."""
+    return (f"{args.model} | arm {args.arm}, failures {args.failures} | docs {args.tool_docs}, call format "
+            f"{call_format} ({policy.chat.call_format_reason})")
 
 
 def stage1_info(policy, data, call_format, args):
