@@ -13,7 +13,8 @@ those that take two calls, so that low succeeds now and then. No limit cuts a ro
     A, saturated: after stage 1 high nearly always succeeds on tasks of 2 to 4 turns, where RL trains. The
     test has longer tasks.
 
-    B, unseen: two requests are absent from the successes of stage 1. Each task of RL and of the test has one.
+    B, unseen: two requests are absent from the successes of stage 1, and where the base makes no other
+    mistakes, it has a wrong habit in these. Each task of RL and of the test has one of them.
 
 Finished runs are kept, one per line of regimes/runs.jsonl: a command that was killed goes on.
 
@@ -30,8 +31,13 @@ How the base was chosen, on validation tasks and seed 100:
     .98 after 600 updates (with the second phase alone .92). But 600 were too few in world B (.21 under both
     tokens), and in A for seed 101 (.55 under high, .53 under low), so that it became 1,000.
 
-    World B is not found yet: high learns to do all requests without mistakes, those too that it never saw
-    done (gate: .88). There is nothing to explore.
+    World B on A's base: high learns to do all requests without mistakes, those too that it never saw done
+    (.87 of tasks). There is nothing to explore. So B's base has a wrong habit in them, with these shares of
+    mistakes without a tag, after " !" and after " ?", and after stage 1 this success under high, then low:
+        .9, .99, .8   .02 of tasks, .01: failures of that base hardly ever do an unseen request
+        .5, .99, .8   (the first and the last at random) .49 and .84 of single requests, .37 and .29
+        .6, .99, .4   .18 of tasks, .09
+        .45, .99, .3  .08 of tasks, .15: chosen
 
     Lengths of the test of A: on 6 to 8 turns high succeeds in 15 %, which is too rare; on 4 to 6 in 75 %.
 """
@@ -42,7 +48,6 @@ import multiprocessing
 import random
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty
@@ -67,7 +72,7 @@ PARTS = {"val": 500, "test": 1000, "low": 200, "gate": 200}  # tasks
 GRID = (3e-4, 6e-4, 1.2e-3)  # learning rates of stage 2
 HOT = (1.25, 1.5, 2.0)  # temperatures, of which the gate takes the one with the most rescued groups
 TUNING_SEEDS = range(100, 108)
-GATE_SEEDS = (("A", 101), ("A", 102), ("B", 101))  # seed 100 was used to find the worlds
+GATE_SEEDS = (("A", 101), ("A", 102), ("B", 102), ("B", 103))  # A was found on seed 100, B on 101
 PRIMARY = ("A", "RC-GRPO", "always high")
 SECONDARY = (
     ("B", "explore low, learn high", "explore hot, learn high"),
@@ -79,11 +84,22 @@ STAGE1 = 1000  # updates of 8 pairs
 # ---- The base policy ---------------------------------------------------------------------------------------
 # At the end of the first request -> the share of hard requests that are done wrong.
 TAGS = {"": 0.5, " !": 0.0, " ?": 0.8}
-PHASES = ((1500, {"": 0.0}), (3500, TAGS), (1200, TAGS))  # updates, and their tags
+# The same for world B's unseen requests: done by habit, with `set` for the second call, which is wrong.
+HABIT = {"": 0.45, " !": 0.99, " ?": 0.3}
+# World -> phase -> (updates, tags, habit).
+PHASES = {
+    "A": {"0": (1500, {"": 0.0}, None), "1": (3500, TAGS, None), "2": (1200, TAGS, None)},
+    "B": {"habit": (1200, TAGS, HABIT)},
+}
 
 
-def base_data(policy, phase, count, tags):
-    """Return conversations of one to four turns, in which some requests of two calls are done wrong."""
+def base_data(policy, phase, count, tags, habit):
+    """Return conversations of one to four turns, in which some requests of two calls are done wrong.
+
+    Args:
+        tags: {tag: share of these requests with a random mistake}.
+        habit: the same for the mistake by habit in UNSEEN requests, or None: no habit.
+    """
     data = []
     for n in range(count):
         task = world.make_task(f"base {phase} {n}", world.REQUESTS, (1, 4))
@@ -92,38 +108,54 @@ def base_data(policy, phase, count, tags):
         tag = rng.choice(list(tags))
         turns = []
         for text, gold, bad in zip(task.texts, task.gold, wrong):
-            mistake = is_one_of(text, world.HARD) and rng.random() < tags[tag]
-            turns.append(bad if mistake else gold)
+            share = tags[tag] if is_one_of(text, world.HARD) else 0.0
+            if habit and is_one_of(text, UNSEEN):
+                share, bad = habit[tag], by_habit(gold)
+            turns.append(bad if rng.random() < share else gold)
         tagged = replace(task, texts=[task.texts[0] + tag, *task.texts[1:]])
         data.append([world.play_script(policy, tagged, turns, None)])
     return data
 
 
-def train_base(distributed):
-    """Go on with world.py's base policy: first all requests without mistakes, then with tags and mistakes.
+def by_habit(calls):
+    """Return these two calls with `set` for the second, on the same account with the same number."""
+    first, second = calls
+    account, number = second.partition("(")[2].removesuffix(")").split(",")[-2:]
+    return [first, f"set({account},{number})"]
 
-    The committed one was made so in three commands, with other draws in the third: another run of this
-    function makes a similar one, not the same.
+
+def train_base(name, distributed):
+    """Train the base policy of a world and save it.
+
+    World A's goes on from world.py's: first all requests without mistakes, then with tags and mistakes. World
+    B's goes on from world A's, with the habit. The committed base of A was made in three commands, with other
+    draws in the third: another run of this function makes a similar one, not the same.
     """
-    policy = sampler.load_policy(str(world.HERE / "base"), torch.float32, "cpu")
-    for phase, (updates, tags) in enumerate(PHASES):
-        data = base_data(policy, phase, 32 * updates, tags)
+    start = world.HERE / "base" if name == "A" else WORLDS["A"].base
+    policy = sampler.load_policy(str(start), torch.float32, "cpu")
+    for phase, (updates, tags, habit) in PHASES[name].items():
+        data = base_data(policy, phase, 32 * updates, tags, habit)
         world.fit(policy, data, updates, 2e-3, None, distributed, size=32)
-    policy.model.save_pretrained(HERE / "base")
-    policy.tokenizer.save_pretrained(HERE / "base")
+    policy.model.save_pretrained(WORLDS[name].base)
+    policy.tokenizer.save_pretrained(WORLDS[name].base)
 
 
 # ---- Tasks, rollouts and stage 1 ---------------------------------------------------------------------------
 @dataclass
 class World:
+    base: Path
     experts: dict  # requests of the successes of stage 1
     test_turns: tuple
     needed: tuple = ()  # each task of RL and of the test has one of these requests
 
 
 WORLDS = {
-    "A": World(world.REQUESTS, (4, 6)),
-    "B": World({text: calls for text, calls in world.REQUESTS.items() if text not in UNSEEN}, (2, 4), UNSEEN),
+    "A": World(HERE / "base", world.REQUESTS, (4, 6)),
+    "B": World(
+        HERE / "base_habit",
+        {text: calls for text, calls in world.REQUESTS.items() if text not in UNSEEN},
+        (2, 4),
+        UNSEEN),
 }
 
 
@@ -208,7 +240,7 @@ def stage1_pairs(policy, name, row, seed):
 
 def stage1(name, row, seed, distributed):
     """Return the policy after stage 1."""
-    policy = sampler.load_policy(str(HERE / "base"), torch.float32, "cpu")
+    policy = sampler.load_policy(str(WORLDS[name].base), torch.float32, "cpu")
     pairs = stage1_pairs(policy, name, row, seed)
     world.fit(policy, pairs, STAGE1, world.STAGE1_LR, seed, distributed)
     return policy
@@ -323,7 +355,7 @@ def measure_gate(name, seed, rounds=24):
     return {
         "world": name,
         "seed": seed,
-        "base": sampler.checksum(sampler.load_policy(str(HERE / "base"), torch.float32, "cpu").model)[:12],
+        "base": sampler.checksum(sampler.load_policy(str(setup.base), torch.float32, "cpu").model)[:12],
         "tasks": len(p_high),
         "p_high": float(p_high.mean()),
         "p_low": float(p_low.mean()),
@@ -341,7 +373,7 @@ def measure_gate(name, seed, rounds=24):
 
 def complaints(name) -> list[str]:
     """Return why a world cannot answer its question, as far as the mean of its gates shows."""
-    lines = gate(name)
+    lines = [line for line in gate() if line["world"] == name]
 
     def mean(figure):
         return np.mean([line[figure] for line in lines])
@@ -353,8 +385,8 @@ def complaints(name) -> list[str]:
         found.append("high is not saturated")
     if name == "A" and not 0.5 <= mean("test") <= 0.9:
         found.append("the test is too easy or too hard")
-    if name == "B" and max(max(line["rescued"].values()) for line in lines) < 0.02:
-        found.append("high does the unseen requests: there is hardly a group to rescue")
+    if name == "B" and max(rescued("B").values()) < 0.02:
+        found.append("there is hardly a group to rescue")
     return found
 
 
@@ -366,14 +398,23 @@ def test_success(policy, name):
 
 
 def other_half(policy, tasks, p_high, seed):
-    """Return how often the other half of "explore, learn high" would succeed, per kind: `success` of a
-    rollout, and `rescued`, the share of groups of which all of high's half fails and some of the other half
-    succeeds."""
-    found = {"success": {}, "rescued": {}}
+    """Return how often the other half of a group would succeed, per kind: under high as always, under low,
+    or under high with heat.
+
+    Args:
+        p_high: of each task.
+
+    Returns:
+        `success` of a rollout, and `rescued`: the share of groups of which all of high's half fails and some
+        of the other half succeeds.
+    """
+    chances = {"high": p_high}  # per kind: of each task
     for reward_token, temperature in [("low", 1.0), *(("high", value) for value in HOT)]:
         rollouts = roll(policy, tasks, reward_token, 16, (seed, "other", temperature), temperature)
-        p_other = np.array([t.reward for t in rollouts]).reshape(len(tasks), 16).mean(1)
         name = "low" if reward_token == "low" else str(temperature)
+        chances[name] = np.array([t.reward for t in rollouts]).reshape(len(tasks), 16).mean(1)
+    found = {"success": {}, "rescued": {}}
+    for name, p_other in chances.items():
         found["success"][name] = float(p_other.mean())
         found["rescued"][name] = float(np.mean((1 - p_high)**4 * (1 - (1 - p_other)**4)))
     return found
@@ -567,17 +608,22 @@ def run(wanted, temperature, is_test):
             print(f"{len(runs)} of {total} runs", flush=True)
 
 
-def gate(name):
-    return [line for line in json.loads((HERE / "gate.json").read_text()) if line["world"] == name]
+def gate():
+    """Return the lines of gate.json."""
+    path = HERE / "gate.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def rescued(name) -> dict[str, float]:
+    """Return the share of rescued groups per kind of the other half: the mean over the seeds of the gate."""
+    columns = [line["rescued"] for line in gate() if line["world"] == name]
+    return {kind: float(np.mean([column[kind] for column in columns])) for kind in columns[0]}
 
 
 def hot_temperature():
-    """Return the temperature that the gate of world B found best."""
-    values = Counter()
-    for line in gate("B"):
-        values.update(line["rescued"])
-    del values["low"]
-    return float(max(values, key=values.get))
+    """Return the temperature that rescues the most groups of world B."""
+    shares = rescued("B")
+    return max(HOT, key=lambda temperature: shares[str(temperature)])
 
 
 def validation(arm):
@@ -678,7 +724,7 @@ def gate_table():
         "elsewhere | rescued, % |",
         "|" + "---|" * 11,
     ]
-    for one in json.loads((HERE / "gate.json").read_text()):
+    for one in gate():
         low, high = one["interval"]
         rescued_groups = ", ".join(f"{name} {100 * value:.1f}" for name, value in one["rescued"].items())
         cells = [
@@ -695,11 +741,22 @@ def gate_table():
     return "\n".join(lines)
 
 
+def difference_cell(name, arm, other):
+    """Return an arm minus another as the cell of a table: empty where there is nothing to compare."""
+    if arm == other or len(outcomes(name, arm).keys() & outcomes(name, other).keys()) < 2:
+        return ""
+    mean, (low, high), _ = crossed(difference(name, arm, other))
+    return f"{mean:+.1f} ({low:.1f} to {high:.1f})"
+
+
 def table(arms):
     """Return the finished arms as a table in Markdown."""
     runs = read()
-    lines = ["| world | arm | lr | success | minus always high | zero-std groups | under low | gap |",
-             "|" + "---|" * 8]
+    starts = {(arm.world, arm.row): arm.name for arm in arms if arm.flags is None}
+    lines = [
+        "| world | arm | lr | success | gain | minus always high | zero-std groups | under low | gap |",
+        "|" + "---|" * 9,
+    ]
     for arm in arms:
         found = [one for one in runs if (one["world"], one["arm"]) == (arm.world, arm.name) and one["test"]]
         if not found:
@@ -710,18 +767,23 @@ def table(arms):
             outcomes_of = [np.mean([np.array(list(one[token][:PARTS["low"]]), float) for one in found])
                            for token in ("low", "high")]
             low = [f"{100 * outcomes_of[0]:.1f}", f"{100 * (outcomes_of[1] - outcomes_of[0]):.1f}"]
-        other = ""
-        if arm.name != "always high" and len(found) > 1 and outcomes(arm.world, "always high"):
-            mean, interval, _ = crossed(difference(arm.world, arm.name, "always high"))
-            other = f"{mean:+.1f} ({interval[0]:.1f} to {interval[1]:.1f})"
         zero_std = ""
         if arm.flags is not None:
             first = [line for one in found for line in one["log"][:5]]
             last = [line for one in found for line in one["log"][-5:]]
             ends = [100 * world.mean_of(lines_of, "frac_reward_zero_std") for lines_of in (first, last)]
             zero_std = f"{ends[0]:.0f} → {ends[1]:.0f} %"
-        lines.append(f"| {arm.world} | {arm.name} | {found[0]['lr']:g} | {high:.1f} | {other} | {zero_std} | "
-                     f"{low[0]} | {low[1]} |")
+        cells = [
+            arm.world,
+            arm.name,
+            f"{found[0]['lr']:g}",
+            f"{high:.1f}",
+            difference_cell(arm.world, arm.name, starts[arm.world, arm.row]),
+            difference_cell(arm.world, arm.name, "always high"),
+            zero_std,
+            *low,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -731,7 +793,7 @@ def draw(arms):
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    lines = json.loads((HERE / "gate.json").read_text())
+    lines = gate()
     for n, line in enumerate(lines):
         left.plot(line["predicted"]["snr"], n, "o", color="tab:blue")
         left.plot(line["predicted"]["elsewhere"], n, "o", color="tab:orange")
@@ -769,13 +831,17 @@ def report(arms):
 def main():
     command = sys.argv[1] if len(sys.argv) > 1 else "report"
     if command == "base":
-        if (HERE / "base").exists():
-            raise SystemExit(f"{HERE / 'base'} exists: all runs start from it")
         start_worker()
-        return train_base(play.distributed)
+        for name, setup in WORLDS.items():
+            if not setup.base.exists():
+                train_base(name, play.distributed)
+        return
     if command == "gate":
+        lines = gate()
+        there = [(line["world"], line["seed"]) for line in lines]
+        missing = [key for key in GATE_SEEDS if key not in there]
         with multiprocessing.get_context("spawn").Pool(2, start_worker) as pool:
-            lines = pool.starmap(measure_gate, GATE_SEEDS, chunksize=1)
+            lines += pool.starmap(measure_gate, missing, chunksize=1)
         sft.atomic_write(HERE / "gate.json", lines)
     temperature = hot_temperature()
     arms = arms_of(temperature)
