@@ -8,7 +8,8 @@
 
 The environment, the policy and both stages are world.py's, with three differences. The failures of stage 1
 are rollouts of the base policy, as in the paper. The base knows all requests, but makes a mistake in half of
-those that take two calls, so that low succeeds now and then. No limit cuts a rollout off. Two worlds:
+those that take two calls, so that low succeeds now and then. Limits of tokens are too wide to matter. Two
+worlds:
 
     A, saturated: after stage 1 high nearly always succeeds on tasks of 2 to 4 turns, where RL trains. The
     test has longer tasks.
@@ -20,24 +21,29 @@ Finished runs are kept, one per line of regimes/runs.jsonl: a command that was k
 
 How the base was chosen, on validation tasks and seed 100:
 
-    A base that does a third of the requests of two calls since it is trained too little: p_high is .65 after
-    600 updates of stage 1 and after 2,400. What it cannot do, it fails under both tokens.
+    A base trained so briefly that it does a third of the requests of two calls: p_high is .65 after 600
+    updates of stage 1 and after 2,400. What it cannot do, it fails under both tokens.
 
     A base that can do them but makes mistakes at random: p_high is .50 after 800 updates, .80 after 2,400.
     Two layers need that long to find the reward token in the prompt.
 
     So pretraining has two tags, as text has signs of its quality: after " !" there are no mistakes, after
     " ?" more. They appear nowhere else. Stage 1 then has to learn that a token means one of them: p_high is
-    .98 after 600 updates (with the second phase alone .92). But 600 were too few in world B (.21 under both
-    tokens), and in A for seed 101 (.55 under high, .53 under low), so that it became 1,000.
+    .98 after 600 updates. But 600 were too few in world B (.21 under both tokens), and in A for seed 101 (.55
+    under high, .53 under low), so that it became 1,000.
 
     World B on A's base: high learns to do all requests without mistakes, those too that it never saw done
-    (.87 of tasks). There is nothing to explore. So B's base has a wrong habit in them, with these shares of
-    mistakes without a tag, after " !" and after " ?", and after stage 1 this success under high, then low:
-        .9, .99, .8   .02 of tasks, .01: failures of that base hardly ever do an unseen request
-        .5, .99, .8   (the first and the last at random) .49 and .84 of single requests, .37 and .29
-        .6, .99, .4   .18 of tasks, .09
-        .45, .99, .3  .08 of tasks, .15: chosen
+    (.87 of tasks). There is nothing to explore. So B's base has a wrong habit in them. Tried on seed 101:
+
+        share of mistakes in unseen requests      success after stage 1, on B's tasks
+        without a tag   after " !"   after " ?"   under high   under low
+        .9              .99          .8           .02          .01         failures hardly ever do them right
+        .6              .99          .4           .18          .09
+        .45             .99          .3           .08          .15         chosen
+
+    With the habit after " !" alone, and random mistakes elsewhere, high does .49 and .84 of single unseen
+    requests. On the gate's seeds the chosen base has the success of the table in results/README.md: there low
+    is not ahead of high.
 
     Lengths of the test of A: on 6 to 8 turns high succeeds in 15 %, which is too rare; on 4 to 6 in 75 %.
 """
@@ -49,12 +55,15 @@ import random
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from queue import Empty
 
 import matplotlib
 import numpy as np
 import torch
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import exact
@@ -72,7 +81,8 @@ PARTS = {"val": 500, "test": 1000, "low": 200, "gate": 200}  # tasks
 GRID = (3e-4, 6e-4, 1.2e-3)  # learning rates of stage 2
 HOT = (1.25, 1.5, 2.0)  # temperatures, of which the gate takes the one with the most rescued groups
 TUNING_SEEDS = range(100, 108)
-GATE_SEEDS = (("A", 101), ("A", 102), ("B", 102), ("B", 103))  # A was found on seed 100, B on 101
+SEEDS = 20  # of the test
+GATE_SEEDS = (("A", 101), ("A", 102), ("B", 102), ("B", 103))
 PRIMARY = ("A", "RC-GRPO", "always high")
 SECONDARY = (
     ("B", "explore low, learn high", "explore hot, learn high"),
@@ -402,16 +412,16 @@ def other_half(policy, tasks, p_high, seed):
     or under high with heat.
 
     Args:
-        p_high: of each task.
+        p_high: of each task, from other rollouts.
 
     Returns:
         `success` of a rollout, and `rescued`: the share of groups of which all of high's half fails and some
         of the other half succeeds.
     """
-    chances = {"high": p_high}  # per kind: of each task
-    for reward_token, temperature in [("low", 1.0), *(("high", value) for value in HOT)]:
+    kinds = {"high": ("high", 1.0), "low": ("low", 1.0), **{str(value): ("high", value) for value in HOT}}
+    chances = {}  # per kind: of each task
+    for name, (reward_token, temperature) in kinds.items():
         rollouts = roll(policy, tasks, reward_token, 16, (seed, "other", temperature), temperature)
-        name = "low" if reward_token == "low" else str(temperature)
         chances[name] = np.array([t.reward for t in rollouts]).reshape(len(tasks), 16).mean(1)
     found = {"success": {}, "rescued": {}}
     for name, p_other in chances.items():
@@ -460,16 +470,6 @@ def sample_explored(policy, tasks, cursor, step, args, distributed, other_token,
     return packs, groups, cursor + args.prompts_per_step
 
 
-def explore_low(*batch):
-    return sample_explored(*batch, other_token="low", temperature=1.0)
-
-
-def explore_hot(temperature):
-    def sample(*batch):
-        return sample_explored(*batch, other_token="high", temperature=temperature)
-    return sample
-
-
 @dataclass
 class Arm:
     name: str
@@ -478,7 +478,7 @@ class Arm:
     flags: str | None = ""  # of stage 2; None: no stage 2
     reward_token: str | None = "high"  # of the evaluation
     sample: object = world.sample_batch
-    seeds: int = 20
+    seeds: int = SEEDS
 
 
 def arms_of(temperature):
@@ -489,6 +489,8 @@ def arms_of(temperature):
     """
     always = "--reward_tokens high"
     none = "--reward_tokens none"
+    explore_low = partial(sample_explored, other_token="low", temperature=1.0)
+    explore_hot = partial(sample_explored, other_token="high", temperature=temperature)
     arms = [
         Arm("RCTP-FT", "A", flags=None),
         Arm("always high", "A", flags=always),
@@ -499,7 +501,7 @@ def arms_of(temperature):
         Arm("always high", "B", flags=always),
         Arm("RC-GRPO", "B"),
         Arm("explore low, learn high", "B", flags=always, sample=explore_low),
-        Arm("explore hot, learn high", "B", flags=always, sample=explore_hot(temperature)),
+        Arm("explore hot, learn high", "B", flags=always, sample=explore_hot),
     ]
     for row, start, stage2, flags, token in (
             ("sft", "SFT", "GRPO", none, None),
@@ -570,7 +572,7 @@ def missing_jobs(runs, wanted, temperature, is_test):
     Args:
         wanted: (arm, seed, learning rate) of each.
     """
-    done = [(one["world"], one["arm"], one["seed"], one["lr"]) for one in runs if one["test"] == is_test]
+    done = {(one["world"], one["arm"], one["seed"], one["lr"]) for one in runs if one["test"] == is_test}
     jobs = {}
     for arm, seed, lr in wanted:
         if (arm.world, arm.name, seed, lr) not in done:
@@ -588,24 +590,27 @@ def start_worker(commit="", queue=None):
 
 def run(wanted, temperature, is_test):
     """Run what is missing, in two processes. The parent alone writes, each run when it is finished."""
+    path = HERE / "runs.jsonl"
     runs = read()
+    sft.atomic_write(path, "".join(json.dumps(one) + "\n" for one in runs))  # without a torn line
     jobs = missing_jobs(runs, wanted, temperature, is_test)
-    total = len(runs) + sum(len(arms) for _, _, _, arms, _, _ in jobs)
+    total = sum(len(arms) for _, _, _, arms, _, _ in jobs)
+    finished = 0
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     with context.Pool(2, start_worker, [world.commit(), queue]) as pool:
         played = pool.map_async(play, jobs, chunksize=1)
-        while len(runs) < total:
+        while finished < total:
             try:
-                runs.append(queue.get(timeout=10))
+                one = queue.get(timeout=1)
             except Empty:
-                if not played.ready():
-                    continue
-                played.get()  # raises the error of a worker
-                break
-            lines = "".join(json.dumps(one) + "\n" for one in runs)
-            sft.atomic_write(HERE / "runs.jsonl", lines)
-            print(f"{len(runs)} of {total} runs", flush=True)
+                if played.ready():
+                    played.get()  # raises the error of a worker
+                continue
+            with open(path, "a") as file:
+                file.write(json.dumps(one) + "\n")
+            finished += 1
+            print(f"{finished} of {total} missing runs", flush=True)
 
 
 def gate():
@@ -635,13 +640,27 @@ def validation(arm):
     return {lr: float(np.mean(values)) for lr, values in found.items() if len(values) == len(TUNING_SEEDS)}
 
 
+def edge_rate(values):
+    """Return the rate beyond the edge of the grid, if the best one of the grid lies there, or None.
+
+    Args:
+        values: of `validation`, with the grid.
+    """
+    beyond = {GRID[0]: GRID[0] / 2, GRID[-1]: 2 * GRID[-1]}
+    return beyond.get(max(GRID, key=values.get))
+
+
 def best_rate(arm):
-    """Return the learning rate of the test runs: the best on validation tasks. The other starts have the
-    middle of the grid."""
+    """Return the learning rate of the test runs: the best on validation tasks.
+
+    The arms after other starts than RCTP-FT are not tuned: they have the middle of the grid.
+    """
     if arm.flags is None:
         return 0.0
-    values = validation(arm) if arm.row == "rctp" else dict.fromkeys(GRID[1:2], 1)
-    if not values.keys() >= {*GRID[1:2]}:
+    if arm.row != "rctp":
+        return GRID[1]
+    values = validation(arm)
+    if not values.keys() >= {*GRID} or edge_rate(values) not in (None, *values):
         raise SystemExit(f"{arm.world}, {arm.name} is not tuned yet: python results/regimes.py tune")
     return max(values, key=values.get)
 
@@ -649,25 +668,35 @@ def best_rate(arm):
 def tune(arms, temperature):
     """Run the grid for each arm of RCTP-FT, then one more rate where the best one is at its edge."""
     tuned = [arm for arm in arms if arm.row == "rctp" and arm.flags is not None]
-    run([(arm, seed, lr) for arm in tuned for seed in TUNING_SEEDS for lr in GRID], temperature, False)
-    more = {GRID[0]: GRID[0] / 2, GRID[-1]: 2 * GRID[-1]}
-    edges = []
+    run(list(product(tuned, TUNING_SEEDS, GRID)), temperature, False)
+    wanted = []
     for arm in tuned:
-        values = validation(arm)
-        best = max(GRID, key=values.get)
-        if best in more:
-            edges.append((arm, more[best]))
-    run([(arm, seed, lr) for arm, lr in edges for seed in TUNING_SEEDS], temperature, False)
+        lr = edge_rate(validation(arm))
+        if lr is not None:
+            wanted += [(arm, seed, lr) for seed in TUNING_SEEDS]
+    run(wanted, temperature, False)
 
 
 # ---- The report --------------------------------------------------------------------------------------------
-def outcomes(name, arm, token="high"):
+def outcomes(runs, name, arm, token="high"):
     """Return {seed: outcomes per test task [T]} of an arm, as numbers."""
     found = {}
-    for one in read():
+    for one in runs:
         if (one["world"], one["arm"]) == (name, arm) and one["test"]:
             found[one["seed"]] = np.array(list(one[token]), float)
     return found
+
+
+def difference(runs, name, arm, other):
+    """Return the outcomes of an arm minus those of another [seeds, T] in points, for the seeds of both.
+
+    None if these are fewer than two.
+    """
+    mine, theirs = outcomes(runs, name, arm), outcomes(runs, name, other)
+    seeds = sorted(mine.keys() & theirs.keys())
+    if len(seeds) < 2:
+        return None
+    return 100 * np.stack([mine[seed] - theirs[seed] for seed in seeds])
 
 
 def crossed(values):
@@ -685,36 +714,40 @@ def crossed(values):
     ms_tasks = seeds * (of_tasks**2).sum() / (T - 1)
     ms_rest = (rest**2).sum() / (seeds - 1) / (T - 1)
     error = math.sqrt(max(ms_seeds + ms_tasks - ms_rest, ms_rest) / seeds / T)
-    half = world.STUDENT.get(seeds, 2.1) * error  # 2.09 for 20 seeds
+    half = world.student(seeds - 1) * error
     return float(mean), (float(mean - half), float(mean + half)), float(error)
-
-
-def difference(name, arm, other):
-    """Return the outcomes of an arm minus those of another [seeds, T] in points, for the seeds of both."""
-    mine, theirs = outcomes(name, arm), outcomes(name, other)
-    seeds = sorted(mine.keys() & theirs.keys())
-    return 100 * np.stack([mine[seed] - theirs[seed] for seed in seeds])
 
 
 def holm(p_values):
     """Return the p-values corrected for their number (Holm)."""
     order = np.argsort(p_values)
-    corrected = np.zeros(len(p_values))
-    largest = 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        corrected[i] = largest
+    factors = np.arange(len(order), 0, -1)
+    corrected = np.empty(len(order))
+    corrected[order] = np.maximum.accumulate(np.array(p_values)[order] * factors).clip(max=1)
     return corrected
 
 
-def tested(name, arm, other):
-    """Return a comparison as text, and its p-value."""
-    values = difference(name, arm, other)
-    mean, (low, high), error = crossed(values)
-    p = math.erfc(abs(mean) / max(error, 1e-12) / math.sqrt(2))
-    text = (f"{name}: {arm} minus {other}: {mean:+.2f} points ({low:.2f} to {high:.2f}), {len(values)} "
-            f"seeds; a difference of {2.8 * error:.2f} would have 80 % power")
-    return text, p
+def tested(runs, comparisons):
+    """Return a line per comparison, corrected for their number; none if a comparison has no runs yet."""
+    found = []
+    for comparison in comparisons:
+        values = difference(runs, *comparison)
+        if values is None:
+            return []
+        mean, interval, error = crossed(values)
+        df = len(values) - 1
+        p = 2 * stats.t.sf(abs(mean) / max(error, 1e-12), df)
+        # The first step of Holm's procedure tests at 5 % divided by the number of comparisons.
+        bound = world.student(df, 1 - 0.05 / len(comparisons))
+        power = (bound + stats.t.ppf(0.8, df)) * error
+        found.append((comparison, mean, interval, len(values), p, power))
+    lines = []
+    for n, p in enumerate(holm([p for *_, p, _ in found])):
+        (name, arm, other), mean, (low, high), seeds, _, power = found[n]
+        p_text = f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
+        lines.append(f"{name}: {arm} minus {other}: {mean:+.2f} points ({low:.2f} to {high:.2f}), {p_text}, "
+                     f"{seeds} of {SEEDS} seeds; a difference of {power:.2f} would have 80 % power")
+    return lines
 
 
 def gate_table():
@@ -741,53 +774,57 @@ def gate_table():
     return "\n".join(lines)
 
 
-def difference_cell(name, arm, other):
+def difference_cell(runs, name, arm, other):
     """Return an arm minus another as the cell of a table: empty where there is nothing to compare."""
-    if arm == other or len(outcomes(name, arm).keys() & outcomes(name, other).keys()) < 2:
+    values = difference(runs, name, arm, other)
+    if arm == other or values is None:
         return ""
-    mean, (low, high), _ = crossed(difference(name, arm, other))
+    mean, (low, high), _ = crossed(values)
     return f"{mean:+.1f} ({low:.1f} to {high:.1f})"
 
 
-def table(arms):
+def updates_cell(arm, found):
+    """Return how the share of groups without a gradient changes, and what else is trained."""
+    first = [line for one in found for line in one["log"][:5]]
+    last = [line for one in found for line in one["log"][-5:]]
+    ends = [100 * world.mean_of(lines, "frac_reward_zero_std") for lines in (first, last)]
+    cell = f"{ends[0]:.0f} → {ends[1]:.0f} %"
+    if arm.sample is not world.sample_batch:
+        trained = np.mean([line["trained"] for one in found for line in one["log"]])
+        cell += f" of halves; {trained - 4 * GROUP:.1f} imitated per update"
+    return cell
+
+
+def table(runs, arms):
     """Return the finished arms as a table in Markdown."""
-    runs = read()
     starts = {(arm.world, arm.row): arm.name for arm in arms if arm.flags is None}
     lines = [
-        "| world | arm | lr | success | gain | minus always high | zero-std groups | under low | gap |",
-        "|" + "---|" * 9,
+        "| world | arm | seeds | lr | success | gain | minus always high | zero-std groups | low | gap |",
+        "|" + "---|" * 10,
     ]
     for arm in arms:
         found = [one for one in runs if (one["world"], one["arm"]) == (arm.world, arm.name) and one["test"]]
         if not found:
             continue
-        high = 100 * np.mean([one["high"].count("1") / len(one["high"]) for one in found])
-        low = ["", ""]  # success, and the gap to high on the same tasks
-        if arm.reward_token:
-            outcomes_of = [np.mean([np.array(list(one[token][:PARTS["low"]]), float) for one in found])
-                           for token in ("low", "high")]
-            low = [f"{100 * outcomes_of[0]:.1f}", f"{100 * (outcomes_of[1] - outcomes_of[0]):.1f}"]
-        zero_std = ""
-        if arm.flags is not None:
-            first = [line for one in found for line in one["log"][:5]]
-            last = [line for one in found for line in one["log"][-5:]]
-            ends = [100 * world.mean_of(lines_of, "frac_reward_zero_std") for lines_of in (first, last)]
-            zero_std = f"{ends[0]:.0f} → {ends[1]:.0f} %"
+        high, low = (np.stack(list(outcomes(runs, arm.world, arm.name, token).values()))
+                     for token in ("high", "low"))  # [seeds, T] each
+        gap = high[:, :low.shape[1]].mean() - low.mean()  # on the same tasks
         cells = [
             arm.world,
             arm.name,
-            f"{found[0]['lr']:g}",
-            f"{high:.1f}",
-            difference_cell(arm.world, arm.name, starts[arm.world, arm.row]),
-            difference_cell(arm.world, arm.name, "always high"),
-            zero_std,
-            *low,
+            str(len(found)),
+            f"{found[0]['lr']:g}" if arm.flags is not None else "",
+            f"{100 * high.mean():.1f}",
+            difference_cell(runs, arm.world, arm.name, starts[arm.world, arm.row]),
+            difference_cell(runs, arm.world, arm.name, "always high"),
+            updates_cell(arm, found) if arm.flags is not None else "",
+            *([f"{100 * low.mean():.1f}", f"{100 * gap:.1f}"] if arm.reward_token else ["", ""]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def draw(arms):
+def draw(runs, arms):
     """Draw regimes.png: the prediction beside the results, relative to always high."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -801,12 +838,16 @@ def draw(arms):
     left.set_yticks(range(len(lines)), [f"{line['world']}, seed {line['seed']}" for line in lines])
     left.set_xlabel("predicted signal-to-noise of RC-GRPO / always high\n"
                     "(orange: if all noise comes from other directions)")
-    shown = [arm for arm in arms if len(outcomes(arm.world, arm.name)) > 1 and arm.name != "always high"]
-    for n, arm in enumerate(shown):
-        mean, (low, high), _ = crossed(difference(arm.world, arm.name, "always high"))
-        right.errorbar(mean, n, xerr=[[mean - low], [high - mean]], fmt="o", color="black")
+    shown = []
+    for arm in arms:
+        values = difference(runs, arm.world, arm.name, "always high")
+        if values is None or arm.name == "always high":
+            continue
+        mean, (low, high), _ = crossed(values)
+        right.errorbar(mean, len(shown), xerr=[[mean - low], [high - mean]], fmt="o", color="black")
+        shown.append(f"{arm.world}: {arm.name}")
     right.axvline(0, color="black")
-    right.set_yticks(range(len(shown)), [f"{arm.world}: {arm.name}" for arm in shown])
+    right.set_yticks(range(len(shown)), shown)
     right.set_xlabel("test success minus always high's, points (95 %, over seeds and tasks)")
     figure.savefig(HERE.with_suffix(".png"), dpi=90)
     plt.close(figure)
@@ -814,27 +855,24 @@ def draw(arms):
 
 def report(arms):
     """Print the gate and the results; write regimes.md and regimes.png."""
-    text = gate_table() + "\n\n" + table(arms) + "\n\n"
-    for comparisons in ((PRIMARY,), SECONDARY):
-        found = []
-        for name, arm, other in comparisons:
-            if len(outcomes(name, arm)) > 1 and len(outcomes(name, other)) > 1:
-                found.append(tested(name, arm, other))
-        if len(found) == len(comparisons):  # Holm's correction needs all of them
-            for (line, _), p in zip(found, holm([p for _, p in found])):
-                text += f"{line}; p = {p:.3f}\n"
+    runs = read()
+    parts = [gate_table(), table(runs, arms), "\n".join(tested(runs, [PRIMARY]) + tested(runs, SECONDARY))]
+    text = "\n\n".join(parts) + "\n"
     HERE.with_suffix(".md").write_text(text)
     print(text)
-    draw(arms)
+    draw(runs, arms)
 
 
 def main():
     command = sys.argv[1] if len(sys.argv) > 1 else "report"
+    if command not in ("base", "gate", "tune", "run", "report"):
+        raise SystemExit(f"{command}: there is base, gate, tune, run and report")
     if command == "base":
-        start_worker()
+        torch.set_num_threads(1)
+        distributed = sft.init_distributed()
         for name, setup in WORLDS.items():
             if not setup.base.exists():
-                train_base(name, play.distributed)
+                train_base(name, distributed)
         return
     if command == "gate":
         lines = gate()
@@ -854,8 +892,8 @@ def main():
     if command == "run":
         # World A first; seed by seed, so that a part of the runs is a smaller experiment.
         for name in WORLDS:
-            some = [arm for arm in passing if arm.world == name]
-            wanted = [(arm, seed, best_rate(arm)) for seed in range(20) for arm in some if seed < arm.seeds]
+            rated = [(arm, best_rate(arm)) for arm in passing if arm.world == name]
+            wanted = [(arm, seed, lr) for seed, (arm, lr) in product(range(SEEDS), rated) if seed < arm.seeds]
             run(wanted, temperature, True)
     report(arms)
 

@@ -45,6 +45,7 @@ from types import SimpleNamespace
 import matplotlib
 import numpy as np
 import torch
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import exact
@@ -561,7 +562,6 @@ def tuned():
 # ---- Tables and picture ------------------------------------------------------------------------------------
 # 97.5 % quantile of Student's t for 2 to 10 seeds, and for two series of 10: the unit is the seed, not the
 # rollout.
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 SIX = (
     "SFT + GRPO",
     "SFT + RC-GRPO",
@@ -590,10 +590,15 @@ CONTRASTS = {
 }
 
 
+def student(df, share=0.95) -> float:
+    """Return the bound that Student's t with `df` degrees of freedom keeps within, on both sides."""
+    return float(stats.t.ppf((1 + share) / 2, df))
+
+
 def interval(values) -> tuple[float, float]:
     """Return the mean over seeds [n] and half the width of its 95 % interval."""
     n = len(values)
-    return float(np.mean(values)), STUDENT[n] * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return float(np.mean(values)), student(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
 
 
 def contrast(runs, plus, minus) -> list[float]:
@@ -637,10 +642,10 @@ def over_series(columns) -> tuple[float, float]:
 
     The series differ in more than their seeds, so each has its own variance.
     """
-    squares = [(half / STUDENT[len(column)])**2 for column in columns for _, half in [interval(column)]]
+    squares = [(half / student(len(column) - 1))**2 for column in columns for _, half in [interval(column)]]
     mean = np.mean([np.mean(column) for column in columns])
-    # Student's t with the degrees of freedom of two series of ten: 2.101.
-    return float(mean), 2.101 * math.sqrt(sum(squares)) / len(columns)
+    df = sum(len(column) - 1 for column in columns)
+    return float(mean), student(df) * math.sqrt(sum(squares)) / len(columns)
 
 
 def power(values, difference=2.0):
@@ -650,7 +655,7 @@ def power(values, difference=2.0):
     """
     n = len(values)
     seeds = np.random.default_rng(0).normal(difference, np.std(values, ddof=1), (100_000, n))
-    bound = STUDENT[n] * seeds.std(1, ddof=1) / math.sqrt(n)  # [experiments]
+    bound = student(n - 1) * seeds.std(1, ddof=1) / math.sqrt(n)  # [experiments]
     return float(np.mean(seeds.mean(1) > bound))
 
 
