@@ -1,7 +1,7 @@
 """Evaluation: how often a checkpoint succeeds, by reward token, with official result files.
 
     python eval_bfcl.py --ckpt runs/rl_rcgrpo/model                       # test part of the split, high token
-    python eval_bfcl.py --ckpt DIR --split all --tool_docs full --temperature 0 --official_out results
+    python eval_bfcl.py --ckpt DIR --split all --tool_docs full --temperature 0 --official_out runs/official
     python eval_bfcl.py --score results/Qwen_Qwen3-0.6B-FC                # official result files, no model
     python eval_bfcl.py --compare runs/eval_a runs/eval_b                 # --out folders of evaluations
     python eval_bfcl.py --show multi_turn_base_3 --out runs/eval          # a transcript, then the gold calls

@@ -345,7 +345,7 @@ def training_table(kind) -> str:
             first_and_last(log, "kl", "{:.4f}"),
             first_and_last(log, "grad_norm"),
         ])
-    head = ["block", "arm", "reward", "under high", "under low", "dead groups",
+    head = ["block", "arm", "reward", "under high", "under low", "zero-std groups",
             "variance within + between tokens", "mode gap", "calls", "messages", "KL", "gradient norm"]
     return markdown(head, lines)
 
