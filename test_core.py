@@ -1161,6 +1161,34 @@ def test_real_tokenizers(tmp_path, name, call_format, tasks):
         assert ids == tokenizer.encode(text, add_special_tokens=False), task.id
 
 
+def test_the_call_format_of_the_stage_before_is_kept():
+    """Stage 2 would sample calls in a format that stage 1 never trained."""
+    policy = templated(TEMPLATES["json"], CONTROL["json"], "on")
+    policy.stage_info.call_format = "python"
+
+    assert policy.call_format() == "python"
+
+
+@pytest.mark.parametrize("stage, before, wanted, expected", [
+    (None, None, None, "off"),
+    (None, None, "on", "on"),
+    ("rctp", "off", None, "off"),
+    ("rctp", "on", None, "on"),
+    ("rctp", None, None, "on"),
+])
+def test_thinking_is_that_of_the_stage_before(stage, before, wanted, expected):
+    """The next stage would render other prompts."""
+    stage_info = R.StageInfo(stage=stage, thinking=before)
+
+    assert R.resolve_thinking("m", stage_info, wanted) == expected
+
+
+def test_another_thinking_than_that_of_the_stage_before_is_refused():
+    """The policy never saw such prompts."""
+    with pytest.raises(BfclError, match="--thinking off"):
+        R.resolve_thinking("m", R.StageInfo(stage="rctp", thinking="off"), "on")
+
+
 # ---- the sampler --------------------------------------------------------------------
 # name: (temperature, decode steps per synchronisation, tokens per block, limit, reason of the limit)
 # The prefixes have 106, 138 and 170 ids: 2 full blocks of 53, or parts of 3 and 4.
@@ -1666,6 +1694,75 @@ def test_broken_weights_end_the_run(monkeypatch):
         play(policy)
 
 
+def test_no_row_exceeds_the_context_between_synchronisations(monkeypatch):
+    """A row would write behind its slot, which stops a GPU."""
+    decode_state = R.Sampler._decode_state
+    ends = []
+
+    def record(self, steps):
+        ends.append(max(len(row) for row in self.live) + steps)
+        return decode_state(self, steps)
+
+    max_len = len(played()[0].ids) - 2
+    monkeypatch.setitem(R.DECODE_STEPS_PER_SYNC, "cpu", 8)
+    monkeypatch.setattr(R.Sampler, "_decode_state", record)
+
+    [t] = play(tiny_policy(), [0], max_len=max_len)
+
+    assert t.reason == "context"
+    assert max(ends) == max_len
+
+
+def test_unwritten_memory_of_a_prefix_changes_nothing(reference, monkeypatch):
+    """NaN behind the end of a prefix stays NaN when it is multiplied by 0."""
+    new_empty = torch.Tensor.new_empty
+
+    def filled(*args, **options):
+        x = new_empty(*args, **options)
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+
+    assert_same(play_again(), reference)
+
+
+def test_a_long_prompt_keeps_its_space_in_a_small_cache(monkeypatch):
+    """Slots that take the space of the prefix leave every rollout waiting."""
+    monkeypatch.setattr(R, "PREFIX_BLOCK", 19)
+    envs = [ToyEnv("b") for _ in range(8)]  # a prefix of 9 blocks
+
+    found = rollout(tiny_policy(), envs, ["high"] * 8, max_len=300, kv_gb=500 * 512 / 2**30)
+
+    assert all(found)
+
+
+def test_the_cache_takes_a_share_of_the_free_memory(monkeypatch):
+    """A share of the whole GPU ignores weights and optimizer."""
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10 * 2**30, 140 * 2**30))
+    policy = types.SimpleNamespace(device=torch.device("cuda"), max_len=99, model=tiny_policy().model)
+
+    assert R.Sampler(policy).kv_gb == pytest.approx(6)
+    assert emptied
+
+
+def test_no_logits_are_kept_for_the_backward_pass():
+    """Tensors [M, V] of a 7B model fill the GPU."""
+    policy = tiny_policy()
+    shapes = []
+
+    def keep(x):
+        shapes.append(x.shape)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        R.token_logprobs(policy.model, R.pack(played())[0], policy.banned)
+
+    assert shapes
+    assert not [shape for shape in shapes if len(shape) == 2 and shape[1] == len(policy.banned)]
+
+
 # ---- the engine ---------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def distributed():
@@ -2072,6 +2169,44 @@ def test_updates_that_are_not_finite_are_skipped(distributed, tmp_path):
     assert all(map(torch.equal, before, full_weights(model)))
 
 
+def test_a_broken_gradient_costs_one_update(distributed):
+    """A finite loss with a gradient that is not would make every weight NaN, or spoil the next step."""
+    policy = tiny_policy()
+    model, optimizer = sharded(policy, distributed)
+    packs = sft_rctp.pack(played())
+    before = full_weights(model)
+
+    def broken_loss(p):  # 0, with a gradient of 0 times infinity
+        logp = model.token_logprobs(p, policy.banned)  # [M]
+        return (logp - logp.detach()).abs().sqrt().sum()
+
+    def loss_of(p):
+        return model.token_logprobs(p, policy.banned).sum()
+
+    norm, loss = sft_rctp.optimizer_step(model, optimizer, packs, broken_loss, distributed)
+    assert loss == 0
+    assert np.isnan(norm)
+    assert all(map(torch.equal, before, full_weights(model)))
+
+    norm, _ = sft_rctp.optimizer_step(model, optimizer, packs, loss_of, distributed)
+    assert np.isfinite(norm)
+
+
+def test_only_skipped_updates_in_a_row_end_a_run(distributed, tmp_path):
+    """Three bad batches in a run of days would end it."""
+    model, optimizer = sharded(tiny_policy(), distributed)
+    begin(distributed, tmp_path)
+    loop = sft_rctp.TrainLoop(tmp_path, given(), model, optimizer, 9, distributed)
+    loop.resume()
+
+    nan = float("nan")
+    for step, norm in enumerate([nan, nan, 1.0, nan, nan], 1):
+        loop.log(step, {"grad_norm": norm})
+
+    lines = lines_of(tmp_path / "metrics.jsonl")
+    assert [line["skipped_updates"] for line in lines] == [1, 2, 0, 1, 2]
+
+
 def make_step(run):
     """Make a step of the optimizer of a `Checkpointer`, and return the weights after it."""
     for p in run.model.parameters():
@@ -2192,6 +2327,17 @@ def test_an_older_checkpoint_replaces_a_damaged_one(checkpointers, tmp_path, cap
     assert state == {"step": 3, "cursor": 30}
     assert re.search("step_000004 cannot be read .*: delete that folder", capsys.readouterr().out)
     assert (tmp_path / "step_000003").exists()
+
+
+def test_a_new_checkpoint_outlives_a_damaged_later_one(checkpointers, tmp_path):
+    """The only checkpoint that can be read would be removed in favour of a damaged one."""
+    _, loading = checkpointers
+    cut_data(tmp_path / "step_000004")
+    loading.save_total_limit = 1
+
+    loading.save(3, loading.load())
+
+    assert loading.load()["step"] == 3
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
@@ -3044,6 +3190,22 @@ def test_the_log_probs_of_a_rollout_are_dropped(relabelled):
         assert not any(t.logprobs)
 
 
+@pytest.mark.parametrize("bound", ["flag", "model"])
+def test_pairs_with_one_half_that_is_too_long_are_left_out(written, monkeypatch, bound):
+    """A failure over the limit is out of memory after hours, or beyond the model's positions."""
+    pairs, _ = write_data(written.policy, written.tasks[:6])
+    lengths = [sorted(len(t.ids) for t in pair) for pair in pairs]
+    limit = next(short for short, long in lengths if short < long)
+    flags = {"max_len": limit}
+    if bound == "model":
+        flags = {}
+        monkeypatch.setattr(written.policy.model.config, "max_position_embeddings", limit)
+
+    kept, left_out = write_data(written.policy, written.tasks[:6], **flags)
+
+    assert len(kept) == sum(long <= limit for _, long in lengths) == 6 - left_out
+
+
 def test_a_rollout_that_is_too_long_is_counted(written, rollouts, tmp_path):
     """A rollout over --max_len is out of memory after hours, or is dropped without a message."""
     t = rollouts.second_success
@@ -3186,6 +3348,29 @@ def with_failures(written, rollouts, tmp_path):
     pairs, left_out = write_data(written.policy, tasks, [path], failures="sampled", reward_token_dropout=0)
 
     return types.SimpleNamespace(pairs=pairs, left_out=left_out, lines=lines, tasks=tasks)
+
+
+def test_a_success_in_the_file_is_no_failure(written, rollouts, tmp_path):
+    """Pairs of two successes would leave the low token without data."""
+    some = [rollouts.success, rollouts.failure, rollouts.second_success]
+
+    pairs, _ = read_back(written, rollouts, tmp_path, *some, failures="sampled")
+
+    assert [[t.reward for t in pair] for pair in pairs] == [[1, 0]]
+
+
+def test_half_a_success_is_a_failure(written):
+    """With --reward progress a rollout that fails halfway would be taught as a success."""
+    good, half = copy.deepcopy(next(pair for pair in written.pairs if 0 < pair[1].verdict["progress"] < 1))
+    del half.verdict["mistake"]
+    env = BfclEnv(BY_ID[half.task], "signature", written.policy.call_format())
+
+    half, good = (
+        sft_rctp._relabel(t, written.policy.chat, env.messages(), "progress", lambda label: label)
+        for t in (half, good))
+
+    assert [half.reward_token, good.reward_token] == ["low", "high"]
+    assert sft_rctp.pair_rollouts([half, good], 10**6) == ([[good, half]], 0)
 
 
 def test_sampled_failures_are_paired_with_the_gold_calls_of_their_task(with_failures):
@@ -3972,11 +4157,30 @@ def play_gold_in_one_message(call_format):
 
 
 @each_call_format
-def test_the_papers_prompt_has_all_turns_and_done(call_format):
-    """A model that is not told of `done` cannot end the conversation."""
-    for env, _ in play_gold_in_one_message(call_format):
-        assert "Step 1: " in env.messages()[-1]["content"]
-        assert "done" in str(env.messages())
+def test_the_papers_prompt_has_all_turns_and_tools(call_format):
+    """A missing turn makes the task unsolvable; a model without `done` cannot end the conversation."""
+    for task in TASKS[::7]:
+        messages = bfcl_env.PaperEnv(task, call_format=call_format).messages()
+        texts = [text for text in task.turns if text is not None]
+        steps = "\n".join(f"Step {n}: {text}" for n, text in enumerate(texts, 1))
+        tools = str(messages[0].get("tools") or messages[0]["content"])
+
+        assert messages[-1]["content"] == steps + bfcl_env.PaperEnv.ENDING
+        for name in ["done", *(doc["name"] for doc in task.docs)]:
+            assert f"'{name}'" in tools or f"{name}(" in tools
+
+
+@each_call_format
+def test_calls_before_done_are_executed(call_format):
+    """A model that acts and ends in one message would lose its calls."""
+    env = bfcl_env.PaperEnv(FILES_AND_MATHS, call_format=call_format)
+    calls = [Call("pwd"), Call("ls"), Call("done"), Call("pwd")]
+
+    step = env.step(bfcl_env.write_calls(calls, call_format))
+
+    assert step.calls == ["pwd()", "ls()"]
+    assert len(step.results) == 2
+    assert step.done
 
 
 @each_call_format
@@ -4045,6 +4249,34 @@ def positional_gold():
         positional = [Call(call.name, tuple(call.kwargs.values())) for call in calls]
         turns.append([[str(call) for call in positional]])
     return task, turns
+
+
+@pytest.mark.parametrize("state, action", list(itertools.product([True, False], repeat=2)))
+def test_the_papers_reward_asks_for_state_and_calls(state, action):
+    """One of the two alone would be rewarded."""
+    verdict = bfcl_env.Verdict(False, None, None, state, action, 0.25)
+
+    assert verdict.reward("paper") == (state and action)
+    assert verdict.reward("progress") == 0.25
+
+
+def test_gold_calls_and_one_that_spoils_the_state_are_no_success():
+    """A destructive call after the right ones would be rewarded."""
+    task, turns = positional_gold()
+
+    verdict = judge(task, [*turns[:-1], [[*turns[-1][0], "touch('new.txt')"]]])
+
+    assert [verdict.action, verdict.state, verdict.reward("paper")] == [True, False, 0]
+
+
+def test_a_call_with_an_unknown_parameter_covers_nothing():
+    """A call that only returned an error would be rewarded."""
+    task, turns = positional_gold()
+    assert turns[2] == [["sort('final_report.pdf')"]]
+
+    verdict = judge(task, [*turns[:2], [["sort('final_report.pdf', x=1)"]], turns[3]])
+
+    assert [verdict.action, verdict.state] == [False, True]
 
 
 def test_the_action_reward_reads_positional_arguments():
@@ -4119,6 +4351,38 @@ def test_withheld_functions_are_shown_in_their_turn(call_format):
                 expected = prompt.format(functions=now)
 
             assert env.step("no").next_user == expected
+
+
+@each_call_format
+@pytest.mark.parametrize("size", ["slim", "signature"])
+def test_withheld_functions_are_shown_in_short_docs(size, call_format):
+    """A function that is never shown makes its task unsolvable."""
+    prompt = default_prompts.DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_PROMPTING
+    for task in TASKS[200:400:5]:  # multi_turn_miss_func
+        docs = {doc["name"]: doc for doc in task.docs}
+        env = BfclEnv(task, size, call_format)
+        for t in range(1, len(task.turns)):
+            lines = []
+            for name in task.withheld.get(t, []):
+                tool = json.dumps(bfcl_env._tool(docs[name], size))
+                is_python = (size, call_format) == ("signature", "python")
+                lines.append(bfcl_env.signature(docs[name]) if is_python else tool)
+            expected = prompt.format(functions="\n".join(lines)) if lines else task.turns[t]
+
+            assert env.step("no").next_user == expected
+
+
+@pytest.mark.parametrize("size", ["slim", "signature"])
+def test_short_docs_describe_each_function(size):
+    """A model that sees the description of the class instead cannot choose a function."""
+    docs = {doc["name"]: doc["description"] for doc in FILES_AND_MATHS.docs}
+
+    [user] = BfclEnv(FILES_AND_MATHS, size, "json").messages()
+
+    for tool in user["tools"]:
+        own = docs[tool["name"]].split("Tool description: ")[1]
+        assert tool["description"]
+        assert own.startswith(tool["description"])
 
 
 @each_call_format
@@ -4209,6 +4473,13 @@ def test_a_split_follows_from_its_seed(capsys):
     assert bfcl_env.split(TASKS) == parts
     assert bfcl_env.split(TASKS, seed=1) != parts
     assert capsys.readouterr().err == ""
+
+
+def test_the_papers_split_follows_from_its_seed():
+    """Another process would test on training tasks."""
+    first, again, other = (bfcl_env.split(TASKS, "paper", seed) for seed in (0, 0, 1))
+
+    assert first == again != other
 
 
 def test_the_papers_split_warns_that_it_leaks(capsys):
@@ -5320,6 +5591,74 @@ def test_the_sampler_has_the_trainers_weights(resumed):
     assert log[-1]["sampling/sampling_logp_difference/max"] < 1e-4
 
 
+def test_a_run_with_another_reference_is_another_run(pipeline, distributed, tmp_path, monkeypatch):
+    """A resumed run would be held to the KL of another stage 1."""
+    command = f"rl_rcgrpo.py --model {pipeline.out}/sft/model {STAGE} --dtype fp32 --out {tmp_path}".split()
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(rl_rcgrpo, "init_distributed", lambda: distributed)
+    monkeypatch.setattr(rl_rcgrpo, "shard_model", None)  # must not be reached
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    config = {"args": vars(rl_rcgrpo.parse_args(command[1:])), "same": {"reference": "other"}}
+    sft_rctp.atomic_write(tmp_path / "config.json", config)
+
+    with pytest.raises(BfclError, match="reference: 'other' there"):
+        rl_rcgrpo.main()
+
+
+def test_validation_on_training_tasks_is_refused(monkeypatch):
+    """Validation would measure memory: of this stage, or of stage 1."""
+    with pytest.raises(BfclError, match="among those trained on"):
+        sft_rctp.parse_args(["--model", "tiny", "--split", "all"])
+
+    stage_info = R.StageInfo(
+        stage="rctp", arm="rctp", tool_docs="signature", protocol="official", call_format="python",
+        stage1_reward_tokens=["high", "low"], tasks=[task.id for task in bfcl_env.split(TASKS)["val"]])
+    monkeypatch.setattr(rl_rcgrpo, "read_stage_info", lambda model: stage_info)
+    monkeypatch.setattr(rl_rcgrpo, "check_model", lambda model: None)
+    with pytest.raises(BfclError, match="among those trained on"):
+        rl_rcgrpo.check_flags(rl_rcgrpo.parse_args([]))
+
+
+def test_the_defaults_of_stage_2_are_the_papers():
+    """A run without flags would be another recipe than the README says (tables 10 to 12)."""
+    args = vars(rl_rcgrpo.parse_args([]))
+    expected = dict(
+        steps=400, prompts_per_step=52, group_size=5, update_epochs=1, lr=1e-6, beta=0.1, clip_eps=0.2,
+        p_high=0.5, temperature=1.0, reward_tokens="mixed", advantage="group", ratio="per_token",
+        dynamic_sampling=0)
+
+    assert {name: args[name] for name in expected} == expected
+
+
+def test_a_transcript_is_sampled_under_the_flags_of_its_command(monkeypatch):
+    """A lost flag samples under another limit than the command says."""
+    calls = []
+    values = dict(temperature=0.5, max_new_tokens=7, max_sampled_tokens=9, max_len=700, kv_gb=0.5,
+                  reward="progress")
+    flags = " ".join(f"--{name} {value}" for name, value in values.items())
+
+    def record(policy, envs, reward_tokens, **limits):
+        calls.append((reward_tokens, limits))
+        return []
+
+    monkeypatch.setattr(R, "rollout", record)
+    monkeypatch.setattr(sys, "argv", f"rollout.py --model tiny --reward_tokens none {flags}".split())
+
+    R.main()
+
+    assert calls == [([None], {**values, "cuda_graphs": False})]
+
+
+@pytest.mark.parametrize("mode, split", [("--ckpt tiny", "test"), ("--score x", "all")])
+def test_the_default_split_of_an_evaluation(monkeypatch, mode, split):
+    """A score on training tasks would be reported as one on test tasks."""
+    monkeypatch.setattr(sys, "argv", ["eval_bfcl.py", *mode.split()])
+
+    _, args = eval_bfcl.parse_args()
+
+    assert args.split == split
+
+
 def test_reference_after_a_resume(pipeline, distributed, tmp_path, monkeypatch):
     """In a run that loads its checkpoint before it copies the reference, the resumed policy would silently
     become the KL reference."""
@@ -5855,6 +6194,38 @@ def test_a_step_logs_its_rewards(recorded, step):
     assert {name: log[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
+def test_group_metrics_are_shares_and_means():
+    """A share of rollouts instead of groups, or state reported as action, hides what is learned."""
+    verdict = {"state": True, "action": False}
+    some = [dataclasses.replace(t, verdict=verdict, calls=7, steps=3) for t in played()[:8]]
+    equal = [dataclasses.replace(t, reward=1.0) for t in some[:4]]
+    unequal = [dataclasses.replace(t, reward=i % 2 / 1) for i, t in enumerate(some[4:])]
+
+    metrics = rl_rcgrpo.group_metrics([rl_rcgrpo.Group(0, equal), rl_rcgrpo.Group(1, unequal)], 0.5)
+
+    assert metrics["frac_reward_zero_std"] == 0.5
+    assert [metrics["reward/state"], metrics["reward/action"]] == [1, 0]
+    assert metrics["tool_call_counts/mean"] == 7
+
+
+@pytest.mark.parametrize("gap", [-0.25, 0.25])
+def test_a_gap_between_sampler_and_trainer_has_no_sign(distributed, gap):
+    """Gaps that cancel hide a sampler that drifts."""
+    policy = tiny_policy()
+    model, optimizer = sharded(policy, distributed)
+    some = []
+    for i, t in enumerate(played()[:4]):
+        logprobs = [x + gap for x in t.logprobs]
+        some.append(dataclasses.replace(t, reward=i % 2 / 1, logprobs=logprobs))
+    packs = sft_rctp.pack(some)
+    rl_rcgrpo.assign_advantages(packs, [rl_rcgrpo.Group(0, some)], given(prompts_per_step=1))
+
+    metrics = rl_rcgrpo.update_policy(model, optimizer, packs, policy.banned, given(), distributed)
+
+    for name in ("mean", "max"):
+        assert metrics[f"sampling/sampling_logp_difference/{name}"] == pytest.approx(0.25, rel=1e-3)
+
+
 @each_stage
 def test_validation_samples_from_the_trained_weights(recorded, stage):
     """Weights of an earlier step, another temperature or other tasks give the rewards of another policy."""
@@ -5986,6 +6357,21 @@ def test_an_evaluation_is_not_continued_with_others(continued, number, words):
 
     assert status
     assert words in output
+
+
+@pytest.mark.parametrize("reward_token", ["high", "low", "none"])
+def test_an_evaluation_samples_under_its_token_and_key(pipeline, reward_token):
+    """All columns would be those of one token; samples would be copies of one rollout."""
+    policy = load_policy(str(pipeline.out / "sft/model"), torch.float32)
+
+    found = eval_bfcl.finished(pipeline.out / "eval", f"1_{reward_token}")
+
+    assert len(found) == 4
+    for (name, n), t in found.items():
+        env = BfclEnv(BY_ID[name], "signature", policy.call_format())
+        token = None if reward_token == "none" else reward_token
+        [alone] = rollout(policy, [env], [token], [(0, 0, name, 0, n)], max_new_tokens=12)
+        assert alone.ids == t.ids
 
 
 def test_ranks_share_an_evaluation(ranks, pipeline):
@@ -6695,6 +7081,19 @@ def test_evaluations_that_differ_in_more_are_not_compared(comparison, other, wor
 
     with pytest.raises(BfclError, match=words):
         comparison.compare(high, different)
+
+
+@pytest.mark.parametrize("name", ["temperature", "protocol", "reward", "split", "dtype", "max_new_tokens"])
+def test_evaluations_under_other_flags_are_not_compared(comparison, name):
+    """A difference between temperatures or protocols is none between arms."""
+    high = comparison.evaluation("high0", "high", 0.4)
+    mixed = comparison.evaluation("mixed0", "mixed", 0.7)
+    config = json.loads((mixed / "config.json").read_text())
+    config["same"][name] = "other"
+    sft_rctp.atomic_write(mixed / "config.json", config)
+
+    with pytest.raises(BfclError, match=f"{name}: '' and 'other'"):
+        comparison.compare(high, mixed)
 
 
 # ---- the experiments ----------------------------------------------------------------
