@@ -1694,6 +1694,56 @@ def test_broken_weights_end_the_run(monkeypatch):
         play(policy)
 
 
+@pytest.mark.parametrize("message_number", [0, 1])
+def test_a_prompt_or_a_reply_that_just_fills_the_context_ends_the_rollout(message_number):
+    """A row without space for one token would stop all other rollouts with an error."""
+    [t] = play(tiny_policy(), [2])  # of four messages
+    sampled = "".join(map(str, t.loss_mask))
+    start = [match.start() for match in re.finditer("(?<=0)1", sampled)][message_number]
+
+    [cut] = play(tiny_policy(), [2], max_len=start)
+
+    assert cut.reason == "context"
+    assert sum(cut.loss_mask) == sampled[:start].count("1")
+
+
+def test_rollouts_without_keys_have_their_own_random_numbers():
+    """A group of identical rollouts has no variance."""
+    a, b = rollout(tiny_policy(), [ToyEnv("a"), ToyEnv("a")], ["high"] * 2)
+
+    assert a.ids != b.ids
+
+
+def test_a_trajectory_has_the_calls_and_the_reason_of_its_environment():
+    """The log would report calls of the last message alone, and no conversation that was ended by force."""
+    class Impatient(ToyEnv):
+        def step(self, text):
+            step = super().step(text)
+            return dataclasses.replace(step, reason="force_quit") if step.done else step
+
+    [t] = rollout(tiny_policy(), [Impatient("a", 6)], ["high"], max_new_tokens=60)
+
+    assert t.steps == 6
+    assert t.calls == 1 + 2 + 0 + 1 + 2  # results of messages 1 to 5
+    assert t.reason == "force_quit"
+
+
+@pytest.mark.parametrize("bound", ["flag", "model"])
+def test_tasks_whose_prompt_does_not_fit_are_left_out(monkeypatch, bound):
+    """They would count as failures of the policy."""
+    policy = tiny_policy()
+    short, long = (types.SimpleNamespace(id=name) for name in "cb")  # see `ToyEnv.messages`
+    limit = len(policy.chat.render_prompt(ToyEnv("b").messages(), "high"))
+    max_len = limit
+    if bound == "model":
+        max_len = 10**6
+        monkeypatch.setattr(policy.model.config, "max_position_embeddings", limit)
+
+    fitting = R.filter_overlong(policy, [long, short], lambda task: ToyEnv(task.id), max_len)
+
+    assert fitting == [short]
+
+
 def test_no_row_exceeds_the_context_between_synchronisations(monkeypatch):
     """A row would write behind its slot, which stops a GPU."""
     decode_state = R.Sampler._decode_state
@@ -5573,7 +5623,9 @@ def test_a_resumed_run_counts_all_rollouts(resumed):
     """A budget without the rollouts of earlier processes, or of zero-std groups, is too small."""
     for run in resumed["rl"]:
         count = sum(line["rollouts"] for line in log_without_times(run))
-        assert R.read_stage_info(run / "model").rollouts == count
+        stage_info = R.read_stage_info(run / "model")
+        assert stage_info.rollouts == count
+        assert stage_info.dynamic_sampling == 1
         assert count >= 12
 
 
@@ -5617,6 +5669,25 @@ def test_validation_on_training_tasks_is_refused(monkeypatch):
     monkeypatch.setattr(rl_rcgrpo, "check_model", lambda model: None)
     with pytest.raises(BfclError, match="among those trained on"):
         rl_rcgrpo.check_flags(rl_rcgrpo.parse_args([]))
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--reward_tokens none", "saw no prompt without a reward token"),
+    ("--tool_docs full", "give --tool_docs signature"),
+    ("--protocol paper", "give --protocol official"),
+    ("--call_format json", "give --call_format python"),
+])
+def test_stage_2_refuses_prompts_that_stage_1_never_saw(monkeypatch, flags, words):
+    """The policy would be trained from prompts that mean nothing to it."""
+    stage_info = R.StageInfo(
+        stage="rctp", arm="rctp", tool_docs="signature", protocol="official", call_format="python",
+        stage1_reward_tokens=["high", "low"], tasks=[])
+    monkeypatch.setattr(rl_rcgrpo, "read_stage_info", lambda model: stage_info)
+    monkeypatch.setattr(rl_rcgrpo, "check_model", lambda model: None)
+
+    rl_rcgrpo.check_flags(rl_rcgrpo.parse_args([]))
+    with pytest.raises(BfclError, match=words):
+        rl_rcgrpo.check_flags(rl_rcgrpo.parse_args(flags.split()))
 
 
 def test_the_defaults_of_stage_2_are_the_papers():
@@ -6984,6 +7055,13 @@ def test_seeds_are_drawn_in_each_arm(known_families):
     draws = eval_bfcl.bootstrap([[ALL_REWARDS], [ALL_REWARDS, shifted]])
 
     assert abs((draws[1] - draws[0]).std() - (1 - 2 / 3) / 2) < 0.1
+
+
+def test_an_interval_holds_95_percent():
+    """An interval of 90 % would be called one of 95 %."""
+    draws = np.random.default_rng(0).normal(0.5, 0.1, 100_000)
+
+    assert eval_bfcl.interval(draws, BASE_REWARDS) == pytest.approx([0.304, 0.696], abs=0.003)
 
 
 def test_no_success_is_not_certainly_none(known_families):
