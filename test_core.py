@@ -1456,8 +1456,11 @@ def test_the_cache_stays_within_its_budget(monkeypatch):
 
 def test_a_cache_for_less_than_one_conversation_is_refused():
     """A cache in which no row fits would wait forever."""
-    with pytest.raises(BfclError, match="--kv_gb 0.001.*--max_len 8000"):
+    with pytest.raises(BfclError, match="--kv_gb 0.001.*--max_len 8000") as refusal:
         play(tiny_policy(), kv_gb=0.001, max_len=8000)
+
+    advised = re.search(r"give ([\d.]+) or more", str(refusal.value))[1]
+    assert all(play(tiny_policy(), kv_gb=float(advised), max_len=8000))
 
 
 class Tape(TorchDispatchMode):
@@ -2240,6 +2243,27 @@ def test_a_broken_gradient_costs_one_update(distributed):
 
     norm, _ = sft_rctp.optimizer_step(model, optimizer, packs, loss_of, distributed)
     assert np.isfinite(norm)
+
+
+def test_a_complaint_of_another_rank_is_raised_here(distributed, monkeypatch):
+    """One rank would end, and the others wait for it for days."""
+    monkeypatch.setattr(distributed, "gather", lambda values: [*values, "the other rank's", None])
+
+    with pytest.raises(BfclError, match="the other rank's"):
+        distributed.raise_together(None)
+
+
+def test_a_tracker_gets_each_step(tmp_path, monkeypatch):
+    """A run of days without its curves."""
+    logged = []
+    wandb = types.SimpleNamespace(
+        init=lambda **options: None, log=lambda metrics, step: logged.append((step, metrics)))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    track = sft_rctp.start_tracker(tmp_path, argparse.Namespace(tracker="wandb"))
+
+    sft_rctp.MetricsLogger(tmp_path, track).log(3, 9, {"loss": 1.0})
+
+    assert logged == [(3, {"loss": 1.0})]
 
 
 def test_only_skipped_updates_in_a_row_end_a_run(distributed, tmp_path):
@@ -4912,7 +4936,8 @@ def test_the_budget_of_a_checkpoint_is_saved(pipeline):
     stage_info = last_json(pipeline.output)["table"][2]["stage_info"]
 
     assert stage_info["rollouts"] == 12
-    assert stage_info["minutes"] > 0
+    seconds = sum(line["step_time"] for line in lines_of(pipeline.out / "rl/metrics.jsonl"))
+    assert stage_info["minutes"] == pytest.approx(seconds / 60)
 
 
 @pytest.fixture(scope="module")
@@ -7105,6 +7130,16 @@ def comparison(tmp_path, capsys, known_families):
         eval_bfcl.compare(types.SimpleNamespace(compare=folders, out=tmp_path / "out"))
         return last_json(capsys.readouterr().out)["pairs"]
     return types.SimpleNamespace(evaluation=evaluation, compare=compare)
+
+
+def test_a_checkpoint_that_is_evaluated_twice_is_one_seed(comparison, tmp_path):
+    """A second evaluation of the same weights would narrow the interval."""
+    high = [comparison.evaluation(f"high{i}", "high", 0.4) for i in range(2)]
+    shutil.copytree(high[0], tmp_path / "again")
+
+    result, _ = eval_bfcl.compared([*high, tmp_path / "again"])
+
+    assert [arm["seeds"] for arm in result["table"]] == [2]
 
 
 def test_the_primary_comparison(comparison, tmp_path):
