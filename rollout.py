@@ -1902,7 +1902,7 @@ class Chat:
     def _text_after_assistant(self, messages, prompt=True):
         """Return the text of `messages` after an assistant message, starting with its stop token."""
         start = [_message("user", "u"), _message("assistant", self.PLACEHOLDER)]
-        return self._text(start + messages, self.tools, prompt).rsplit(self.PLACEHOLDER, 1)[1]
+        return self._text(start + messages, self.tools, prompt).split(self.PLACEHOLDER, 1)[1]
 
     def _merge_results(self, messages):
         """Merge tool results and user text into one user message if the template has no tool role."""
@@ -2039,9 +2039,20 @@ def _pin_date(template, date):
 
 
 def _without_added_tokens(tokenizer, added):
-    """Return a copy of the tokenizer's backend that knows no control token at all."""
+    """Return a copy of the tokenizer's backend that knows no control token at all.
+
+    Other added tokens, such as runs of spaces, keep their ids. These count all added tokens before them, so
+    a control token beyond the vocabulary is renamed to a text that `_encode` never passes on.
+    """
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in added]
+    vocab_size = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False)
+    kept = []
+    for token in spec["added_tokens"]:
+        if token["content"] not in added:
+            kept.append(token)
+        elif token["id"] >= vocab_size:
+            kept.append({**token, "content": f"{Chat.ESCAPE}{token['id']}", "normalized": False})
+    spec["added_tokens"] = kept
     for part in ("post_processor", "truncation", "padding"):
         spec[part] = None
     return Tokenizer.from_str(json.dumps(spec))

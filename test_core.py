@@ -370,6 +370,84 @@ def test_greedy_sampling_equals_generate(greedy):
     assert expected[:n] == greedy.message[:n]
 
 
+def test_generate_refuses_a_sliding_window():
+    """Attention without a layout knows no window: later tokens would be wrong in silence."""
+    policy = load_architecture(
+        Qwen2Config, use_sliding_window=True, sliding_window=400, max_window_layers=1)
+
+    with pytest.raises(ValueError, match="use another attention"):
+        policy.model.generate(inputs=torch.tensor([[1, 2, 3]]), max_new_tokens=2, pad_token_id=0)
+
+
+def test_capped_attention_is_refused():
+    """Scores without the model's cap are another model's; on small random weights they look alike."""
+    with pytest.raises(BfclError, match="attention that this project does not compute"):
+        load_architecture(Gemma2Config, final_logit_softcapping=None)
+
+
+@pytest.mark.parametrize("place", ["tiny_tokenizer", "plain_logprobs"])
+def test_too_little_memory_at_loading_is_told_as_such(monkeypatch, place):
+    """The user would search for a fault in the model."""
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(R, place, fail)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        load_policy("tiny")
+
+
+def test_a_checkpoint_of_nan_is_refused(tmp_path):
+    """It would be accepted, and fail only when rollouts begin."""
+    def broken(weights):
+        return {**weights, "model.norm.weight": torch.full((64,), float("nan"))}
+
+    save_model(tmp_path, broken)
+
+    with pytest.raises(BfclError, match="off by nan"):
+        load_policy(str(tmp_path), torch.float32)
+
+
+def test_a_damaged_stage_file_is_named(tmp_path):
+    """A file that a full disk has cut off ends in a traceback."""
+    save_model(tmp_path)
+    (tmp_path / R.STAGE_INFO).write_text('{"stage": "rc')
+
+    with pytest.raises(BfclError, match="rcgrpo.json is not of this version"):
+        R.read_stage_info(str(tmp_path))
+
+
+def test_the_truncation_of_a_tokenizer_cuts_no_prompt():
+    """A tokenizer.json that truncates would drop most tool docs in silence."""
+    tokenizer = R.tiny_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(300)
+    text = "x" * 1000
+
+    ids = R.Chat(tokenizer).render_prompt([message("system", text), message("user", "u")], None)
+
+    assert text in tokenizer.decode(ids)
+
+
+def test_added_spaces_are_no_control_tokens():
+    """A model whose tokenizer has tokens for spaces would be refused, or lose its ids for them."""
+    tokenizer = R.tiny_tokenizer()
+    tokenizer.add_tokens(["  "])
+    chat = R.Chat(tokenizer)
+    messages = [message("system", "a  b"), message("user", "u")]
+
+    assert "  " not in chat.added
+    assert chat.render_prompt(messages, None) == template_ids(chat, messages)
+
+
+def test_a_result_with_the_mark_of_the_renderer_is_not_cut():
+    """Text before a character that a file of the task holds would be lost."""
+    chat = tiny_policy().chat
+
+    ids = chat.render_env_reply([message("tool", f"before{R.Chat.PLACEHOLDER}after")])
+
+    assert f"before{R.Chat.PLACEHOLDER}after" in chat.tokenizer.decode(ids)
+
+
 def test_generate_refuses_padding(greedy):
     """The attention without a layout ignores padding, so that padded batches would be wrong in silence."""
     padding = torch.ones_like(greedy.flags["inputs"])
@@ -377,6 +455,23 @@ def test_generate_refuses_padding(greedy):
 
     with pytest.raises(ValueError, match="padded"):
         greedy.model.generate(attention_mask=padding, **greedy.flags)
+
+
+def test_a_conversion_keeps_weights_and_splits_digits(tmp_path, monkeypatch):
+    """Every later run would load random weights, or read numbers in another way than in training."""
+    model = AutoModelForCausalLM.from_config(tiny_config())
+    model.config.quantization_config = {}
+    tokenizer = R.tiny_tokenizer()
+    expected = model.get_input_embeddings().weight.detach().clone()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(R.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    monkeypatch.setattr(R.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+
+    weights = load_file(R.smollm2_dir() / "model.safetensors")
+
+    pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a12")
+    assert torch.equal(weights["model.embed_tokens.weight"], expected)
+    assert [piece for piece, _ in pieces] == ["a", "1", "2"]
 
 
 def test_an_interrupted_conversion_leaves_no_model(tmp_path, monkeypatch):
@@ -2160,6 +2255,13 @@ def budgets():
     """Return token budgets that cut the twelve rollouts in different numbers of packs."""
     longest = max(len(t.ids) for t in played())
     return [longest, 2 * longest, 8192]
+
+
+def test_no_pack_exceeds_its_budget():
+    """Ids that are cut from a shared prefix, and are then in each branch, would not be counted."""
+    longest = max(len(t.ids) for t in played())
+    for budget in range(longest, 5 * longest, 13):
+        assert max(len(p.ids) for p in R.pack(played(), budget)) <= budget
 
 
 def test_packs_keep_every_rollout_within_the_budget():
@@ -4427,6 +4529,41 @@ def test_withheld_functions_are_shown_in_their_turn(call_format):
             assert env.step("no").next_user == expected
 
 
+def test_signature_docs_are_names_and_types():
+    """The default size would be several times longer, and the slim one without its descriptions."""
+    tools = {}
+    specs = {}
+    for size in ("slim", "signature"):
+        [user] = BfclEnv(FILES_AND_MATHS, size, "json").messages()
+        tools[size] = user["tools"]
+        specs[size] = []
+        for tool in tools[size]:
+            specs[size] += tool["parameters"]["properties"].values()
+
+    assert all(set(spec) == {"type"} for spec in specs["signature"])
+    assert all("description" in spec for spec in specs["slim"])
+    assert not any(". " in tool["description"] for tool in tools["signature"])
+    assert any(". " in tool["description"] for tool in tools["slim"])
+
+
+def test_denied_names_get_the_official_error():
+    """The model would see another result than on the leaderboard."""
+    calls = [f"{name}()" for name in "kill exit quit remove unlink popen Popen run".split()]
+
+    _, results, _ = official(FILES_AND_MATHS, [[calls], *FILES_AND_MATHS.gold[1:]])
+
+    assert Episode(FILES_AND_MATHS).execute(calls) == results[0]
+
+
+@each_call_format
+def test_a_message_over_the_bound_holds_no_calls(call_format):
+    """A message of megabytes would be parsed and recorded."""
+    text = bfcl_env.write_calls([Call("f", (), {"a": "x" * bfcl_env.MAX_TEXT})], call_format)
+
+    with pytest.raises(CallSyntaxError, match="longer than"):
+        parse_calls(text, call_format)
+
+
 @each_call_format
 @pytest.mark.parametrize("size", ["slim", "signature"])
 def test_withheld_functions_are_shown_in_short_docs(size, call_format):
@@ -4626,6 +4763,7 @@ def test_an_environment_has_the_protocol_and_docs_of_the_flags():
 @pytest.mark.parametrize("words, function, values", [
     ("base_3.*--tasks multi_turn_base_0", chosen_tasks, ["--tasks base_3"]),
     ("'base'.*multi_turn_base", chosen_tasks, ["--categories base"]),
+    ("no tasks.*--max_tasks -1", chosen_tasks, ["--max_tasks -1"]),
     ("no tasks", chosen_tasks, ["--split_by paper --split val"]),
     ("add --reward paper", chosen_tasks, ["--protocol paper"]),
     ("'huge'.*full", BfclEnv, [TASKS[0], "huge"]),
@@ -5743,6 +5881,53 @@ def test_a_transcript_is_sampled_under_the_flags_of_its_command(monkeypatch):
     R.main()
 
     assert calls == [([None], {**values, "cuda_graphs": False})]
+
+
+def test_a_transcript_has_the_prompt_of_its_flags(monkeypatch, capsys):
+    """A flag that is lost shows another prompt than the command says."""
+    asked = []
+
+    def record(policy, envs, reward_tokens, **limits):
+        asked.append(reward_tokens)
+        return []
+
+    def run(flags):
+        monkeypatch.setattr(sys, "argv", f"rollout.py {flags}".split())
+        R.main()
+
+    monkeypatch.setattr(R, "rollout", record)
+    run("--model tiny --reward_tokens low")
+    run("--check tiny --thinking on")
+
+    assert asked == [["low"]]
+    assert "thinking on" in capsys.readouterr().out
+    with pytest.raises(BfclError, match="--call_format python"):
+        run("--check tiny --call_format json")
+
+
+@pytest.mark.parametrize("flag", [
+    "--temperature -1", "--temperature nan", "--max_new_tokens 0", "--max_sampled_tokens 0", "--max_len 15",
+    "--kv_gb 0", "--kv_gb inf"])
+def test_a_limit_out_of_bounds_is_refused(flag, capsys):
+    """It would invert the distribution, or end in a traceback after the model has loaded."""
+    parser = bfcl_env.Parser("x")
+    R.add_sampling_flags(parser)
+
+    with pytest.raises(SystemExit):
+        parser.parse_args(flag.split())
+
+    assert "is not from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("parse", [rl_rcgrpo.parse_args, sft_rctp.parse_args])
+def test_the_defaults_of_limits_and_environment(parse):
+    """A run without flags would be cut off earlier, or be rewarded for another thing, than documented."""
+    args = vars(parse(["--model", "tiny"]))
+    expected = dict(
+        max_new_tokens=256, max_sampled_tokens=2048, max_len=8192, reward="official", protocol="official",
+        tool_docs="signature", call_format="auto", split_by="family")
+
+    assert {name: args[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("mode, split", [("--ckpt tiny", "test"), ("--score x", "all")])
