@@ -2347,6 +2347,55 @@ def test_a_broken_gradient_costs_one_update(distributed):
     assert np.isfinite(norm)
 
 
+def test_an_infinite_loss_with_a_finite_gradient_is_skipped(distributed):
+    """The weights would follow a loss that overflowed, and the log would not say so."""
+    policy = tiny_policy()
+    model, optimizer = sharded(policy, distributed)
+    before = full_weights(model)
+
+    def loss_of(p):
+        return model.token_logprobs(p, policy.banned).sum() + float("inf")
+
+    norm, _ = sft_rctp.optimizer_step(model, optimizer, sft_rctp.pack(played()), loss_of, distributed)
+
+    assert np.isnan(norm)
+    assert all(map(torch.equal, before, full_weights(model)))
+
+
+def test_gradients_of_bf16_runs_are_summed_in_fp32(distributed, monkeypatch):
+    """Gradients that ranks add in bf16 lose their small parts."""
+    precisions = set()
+    fully_shard = sft_rctp.fully_shard
+
+    def record(part, mp_policy, **options):
+        precisions.add((mp_policy.param_dtype, mp_policy.reduce_dtype))
+        return fully_shard(part, mp_policy=mp_policy, **options)
+
+    monkeypatch.setattr(sft_rctp, "fully_shard", record)
+    sft_rctp.shard_model(tiny_policy(), given(), torch.bfloat16, distributed)
+
+    assert precisions == {(torch.bfloat16, torch.float32)}
+
+
+def test_the_rate_is_never_above_its_peak():
+    """In the middle of a run the rate would be many times --lr."""
+    assert sft_rctp.get_lr(21, 2.0, 42, decay=8) == 2.0
+    assert max(sft_rctp.get_lr(step, 2.0, 400) for step in range(1, 401)) == 2.0
+
+
+def test_a_signal_to_another_rank_stops_this_one(distributed, tmp_path, monkeypatch):
+    """One rank saves, the others train on: they wait for each other for days."""
+    model, optimizer = sharded(tiny_policy(), distributed)
+    begin(distributed, tmp_path)
+    loop = sft_rctp.TrainLoop(tmp_path, given(), model, optimizer, 3, distributed)
+    loop.resume()
+    monkeypatch.setattr(distributed, "all_reduce", lambda value, op: 1.0)
+
+    with pytest.raises(BfclError, match="stopped after step 1"):
+        for step in loop.steps():
+            loop.log(step, {"grad_norm": 1.0})
+
+
 def test_a_complaint_of_another_rank_is_raised_here(distributed, monkeypatch):
     """One rank would end, and the others wait for it for days."""
     monkeypatch.setattr(distributed, "gather", lambda values: [*values, "the other rank's", None])
@@ -3014,6 +3063,35 @@ def test_each_training_task_gives_one_pair(written):
     assert not written.left_out
 
 
+def test_half_of_the_turns_are_corrupted():
+    """A failure with one mistake teaches the low token the gold calls of all other turns."""
+    changed = 0
+    total = 0
+    for task in TASKS:
+        gold = sft_rctp.gold_calls(task)
+        failed = sft_rctp.corrupt(task, gold, "function", random.Random(task.id))
+        changed += sum(a != b for a, b in zip(gold, failed))
+        total += len(gold)
+
+    assert 0.4 < changed / total < 0.7
+
+
+def test_mistakes_are_plausible_calls():
+    """Low would mean calls that no model makes: missing arguments, unseen functions, other types."""
+    earlier = [Call("f", (), {"x": 1, "y": "b", "z": "a"})]
+    assert {sft_rctp._other_value("a", earlier, random.Random(n)) for n in range(20)} == {"b"}
+
+    for task in TASKS:
+        rng = random.Random(task.id)
+        docs = {doc["name"]: doc["parameters"] for doc in task.docs}
+        withheld = sum(task.withheld.values(), [])
+        for call in sum(sft_rctp.gold_calls(task), []):
+            other = sft_rctp._other_function(task, call, rng)
+            if other.name != call.name:
+                assert other.name not in withheld
+                assert len(docs[other.name]["required"]) <= len(call.kwargs)
+
+
 def test_each_task_can_be_corrupted_in_two_ways():
     """An odd argument (a dict, an empty list) in one task ends the run at its start."""
     for task in TASKS:
@@ -3533,6 +3611,20 @@ def test_a_success_in_the_file_is_no_failure(written, rollouts, tmp_path):
     pairs, _ = read_back(written, rollouts, tmp_path, *some, failures="sampled")
 
     assert [[t.reward for t in pair] for pair in pairs] == [[1, 0]]
+
+
+@pytest.mark.parametrize("files, failures, source", [
+    (["f"], "written", "rollouts"), (["f"], "sampled", "sampled"), ([], "written", "written")])
+def test_the_source_of_the_data_is_recorded(files, failures, source):
+    """Another recipe would be taken for a seed of this arm."""
+    policy = load_policy("tiny")
+    policy.stage_info = R.StageInfo(base_model="base")
+
+    stage_info = sft_rctp.stage1_info(
+        policy, [], "python", given(model="m", rollouts=files, failures=failures))
+
+    assert stage_info.data_source == source
+    assert stage_info.base_model == "base"
 
 
 def test_half_a_success_is_a_failure(written):
@@ -5833,6 +5925,11 @@ def test_validation_on_training_tasks_is_refused(monkeypatch):
     with pytest.raises(BfclError, match="among those trained on"):
         rl_rcgrpo.check_flags(rl_rcgrpo.parse_args([]))
 
+    stage_info.tasks = []
+    rl_rcgrpo.check_flags(rl_rcgrpo.parse_args([]))
+    with pytest.raises(BfclError, match="among those trained on"):
+        rl_rcgrpo.check_flags(rl_rcgrpo.parse_args(["--split", "all"]))
+
 
 @pytest.mark.parametrize("flags, words", [
     ("--reward_tokens none", "saw no prompt without a reward token"),
@@ -5928,6 +6025,29 @@ def test_the_defaults_of_limits_and_environment(parse):
         tool_docs="signature", call_format="auto", split_by="family")
 
     assert {name: args[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("flags", [
+    "--ckpt tiny --protocol paper --reward paper --official_out x",
+    "--score x --reward progress",
+    "--ckpt tiny tiny --official_out x",
+    "--ckpt tiny --reward_tokens high,low --official_out x",
+])
+def test_official_files_hold_official_answers_alone(monkeypatch, flags):
+    """Results of another protocol, or of two models, would be published as the leaderboard's."""
+    monkeypatch.setattr(sys, "argv", ["eval_bfcl.py", *flags.split()])
+
+    with pytest.raises(BfclError, match="official result files"):
+        eval_bfcl.parse_args()
+
+
+@each_stage
+def test_validations_come_every_so_many_steps(resumed, stage):
+    """A run of days is validated at its end alone."""
+    log = log_without_times(resumed[stage][0])  # --eval_every 2
+
+    validated = [any("eval/" in name for name in line) for line in log]
+    assert validated == [False, True, False, True]
 
 
 @pytest.mark.parametrize("mode, split", [("--ckpt tiny", "test"), ("--score x", "all")])
@@ -6655,6 +6775,28 @@ def test_an_evaluation_samples_under_its_token_and_key(pipeline, reward_token):
         assert alone.ids == t.ids
 
 
+def test_a_real_evaluation_can_be_compared(evaluate, pipeline, known_families, tmp_path):
+    """An evaluation of hours that --compare refuses, or cannot read."""
+    output, _ = evaluate("--compare", pipeline.out / "eval", "--out", tmp_path)
+
+    table = last_json(output)["table"]
+    # Both stages have equal weights here, which count once.
+    assert {row["arm"] for row in table} == {"tiny", "RCTP-FT + RC-GRPO"}
+    assert [row["seeds"] for row in table] == [1] * 6
+
+
+def test_the_last_checkpoint_is_shown(evaluate, pipeline, tmp_path):
+    """The transcript of the base model would be taken for the run's."""
+    shutil.copytree(pipeline.out / "eval", tmp_path / "eval")
+    for path in (tmp_path / "eval").glob("*.rank0.jsonl"):
+        if path.name != "2_high.rank0.jsonl":
+            path.unlink()
+
+    output, _ = evaluate("--show", "multi_turn_base_139", "--out", tmp_path / "eval")
+
+    assert "multi_turn_base_139 | token high" in output
+
+
 def test_ranks_share_an_evaluation(ranks, pipeline):
     """A task is run by two ranks, or by none."""
     rollouts = kept_rollouts(ranks.folder / "eval2", "0_high")
@@ -7327,6 +7469,43 @@ def test_a_checkpoint_that_is_evaluated_twice_is_one_seed(comparison, tmp_path):
     assert [arm["seeds"] for arm in result["table"]] == [2]
 
 
+@pytest.mark.parametrize("name", ["call_format", "thinking"])
+def test_other_prompts_are_no_seeds_of_one_arm(comparison, name):
+    """Models under equal flags may still have other prompts."""
+    one, other = (comparison.evaluation(f"high{i}", "high", 0.4) for i in range(2))
+    [row] = json.loads((other / "eval.json").read_text())["table"]
+    sft_rctp.atomic_write(other / "eval.json", {"table": [{**row, name: "other"}]})
+
+    with pytest.raises(BfclError, match=f"{name}: .* and 'other'"):
+        comparison.compare(one, other)
+
+
+def test_reward_tokens_are_compared_apart(comparison):
+    """Rollouts under low would count as seeds of high, or as the primary comparison."""
+    folders = [comparison.evaluation("high0", "high", 0.4), comparison.evaluation("mixed0", "mixed", 0.7)]
+    for folder in folders:
+        [row] = json.loads((folder / "eval.json").read_text())["table"]
+        row["correct"]["low"] = dict.fromkeys(TEST_TASKS, 0.0)
+        sft_rctp.atomic_write(folder / "eval.json", {"table": [row]})
+
+    pairs = comparison.compare(*folders)
+
+    assert [pair["kind"] for pair in pairs] == ["primary", *["exploratory"] * 3]
+    assert pairs[0]["a"][1] == pairs[0]["b"][1] == "high"
+    assert all(pair["a"][0] == pair["b"][0] or pair["a"][1] == pair["b"][1] for pair in pairs)
+
+
+def test_the_detectable_difference_has_80_percent_power(comparison):
+    """A study would be planned with too few tasks."""
+    high = [comparison.evaluation(f"high{i}", "high", 0.4) for i in range(2)]
+    mixed = [comparison.evaluation(f"mixed{i}", "mixed", 0.7) for i in range(2)]
+
+    [pair] = comparison.compare(*high, *mixed)
+
+    low, upper = pair["interval"]
+    assert pair["detectable"] == pytest.approx(2.8 * (upper - low) / 3.92, rel=0.1)
+
+
 def test_the_primary_comparison(comparison, tmp_path):
     """A swapped sign, or a comparison that was not planned as the primary one, reverses the conclusion."""
     high = [comparison.evaluation(f"high{i}", "high", 0.4) for i in range(2)]
@@ -7381,7 +7560,8 @@ def test_evaluations_that_differ_in_more_are_not_compared(comparison, other, wor
         comparison.compare(high, different)
 
 
-@pytest.mark.parametrize("name", ["temperature", "protocol", "reward", "split", "dtype", "max_new_tokens"])
+@pytest.mark.parametrize("name", [
+    "temperature", "protocol", "reward", "split", "dtype", "max_new_tokens", "max_sampled_tokens", "max_len"])
 def test_evaluations_under_other_flags_are_not_compared(comparison, name):
     """A difference between temperatures or protocols is none between arms."""
     high = comparison.evaluation("high0", "high", 0.4)
