@@ -5835,9 +5835,10 @@ def test_a_run_without_a_reader_is_saved(unread, way):
 
     [checkpoint] = sft_rctp.complete_checkpoints(out / "checkpoints")
     last = lines_of(out / "metrics.jsonl")[-1]["step"]
-    assert status == 1
     assert checkpoint.name == f"step_{last:06d}"
     assert last < LONG
+    # The status is of torchrun, not of a rank: now and then torchrun itself aborts while it closes down.
+    assert status == 1 or way == "torchrun" and status == -signal.SIGABRT
 
 
 def test_nohup_is_respected(unread):
