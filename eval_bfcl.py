@@ -691,7 +691,8 @@ def compare(args):
     lines = []
     for pair in result["pairs"]:
         detectable = f"{100 * pair['detectable']:.1f}"
-        lines.append([pair["kind"], percent(pair, "difference"), detectable, pair["a"], pair["b"]])
+        sides = [", ".join(pair[side]) for side in ("a", "b")]  # the arm and the reward token of each
+        lines.append([pair["kind"], percent(pair, "difference"), detectable, *sides])
     print_columns(["kind", "difference", "smallest detectable", "of", "minus"], lines)
     atomic_write(args.out / "compare.json", result)
     plot(args.out / "compare.png", result["table"], arms)

@@ -1414,6 +1414,99 @@ def assert_same(trajectories, expected):
         assert np.allclose(t.logprobs, u.logprobs, atol=1e-5)
 
 
+@pytest.mark.parametrize("weights", [True, False])
+def test_an_end_that_only_generation_names_ends_messages(tmp_path, weights):
+    """Qwen2.5 has such an end. Stage 2 samples with a copy that is loaded without weights."""
+    save_model(tmp_path)
+    path = tmp_path / "generation_config.json"
+    sft_rctp.atomic_write(path, {**json.loads(path.read_text()), "eos_token_id": [258, 256]})
+
+    policy = load_policy(str(tmp_path), torch.float32, weights=weights)
+
+    assert policy.chat.stop_ids == {256, 258}
+
+
+def test_a_prompt_keeps_the_date_of_its_training(pipeline, monkeypatch):
+    """A template with a date would give a checkpoint other prompts than it was trained with."""
+    monkeypatch.setattr(R, "DATE", "01 Jan 2030")
+
+    assert load_policy(f"{pipeline.out}/sft/model", torch.float32).chat.date == "26 Jul 2024"
+
+
+@pytest.mark.parametrize("device, probe, dtype", [
+    ("cpu", True, torch.bfloat16), ("cpu", False, torch.float32), ("cuda", False, torch.bfloat16)])
+def test_the_processor_decides_the_dtype(monkeypatch, device, probe, dtype):
+    """fp32 where bf16 is possible takes three times as long."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: probe, raising=False)
+
+    assert R.compute_dtype("auto", torch.device(device)) == dtype
+
+
+def test_graphs_are_used_where_they_are_asked_for():
+    """--cuda_graphs on would do nothing."""
+    assert R.sampling(given(cuda_graphs="on"))["cuda_graphs"] is True
+
+
+def test_only_some_logits_are_there_at_a_time(monkeypatch):
+    """All at once are 10 GB for 16,000 tokens and a vocabulary of 152,000."""
+    sizes = []
+    masked = R.masked_logits
+
+    def watched(hidden, *rest):
+        sizes.append(len(hidden))
+        return masked(hidden, *rest)
+
+    monkeypatch.setattr(R, "masked_logits", watched)
+    policy = tiny_policy()
+    t = Trajectory("", None, [10] * 1505, [0] * 5 + [1] * 1500, [0.0] * 1505, 0.0, "done", {})
+
+    R.token_logprobs(policy.model, *R.pack([t]), policy.banned)
+
+    assert max(sizes) <= 512
+
+
+def test_no_prompt_that_fits_is_an_error():
+    """It would end in a division by zero."""
+    tasks = [types.SimpleNamespace(id="c")]
+
+    with pytest.raises(BfclError, match="no task's prompt fits in 16 tokens"):
+        R.filter_overlong(tiny_policy(), tasks, lambda task: ToyEnv(task.id), 16)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor whose code takes the way of CUDA."""
+    is_cuda = True
+
+
+def test_an_impossible_id_on_a_gpu_is_replaced(monkeypatch):
+    """A sum that is not monotone draws an id of probability 0; no other draw may change."""
+    torch.manual_seed(0)
+    logits = torch.randn(50, 9)
+    logits[:, 5] = -torch.inf
+    uniform = torch.rand(50)
+    expected, _ = R.sample_token(logits, uniform)
+
+    drawn, _ = R.sample_token(logits.as_subclass(OnGpu), uniform)
+    monkeypatch.setattr(torch, "searchsorted", lambda *_, **__: torch.full((50, 1), 5))
+    repaired, _ = R.sample_token(logits.as_subclass(OnGpu), uniform)
+
+    assert drawn.tolist() == expected.tolist()
+    assert repaired.tolist() == logits.argmax(-1).tolist()
+
+
+def test_logits_on_a_gpu_are_not_rounded_to_bf16(monkeypatch):
+    """bf16 logits are off by up to 0.06."""
+    torch.manual_seed(0)
+    hidden = torch.randn(8, 256).bfloat16()  # [M, hidden]
+    head = torch.randn(500, 256).bfloat16()  # [V, hidden]
+    context = types.SimpleNamespace(save_for_backward=lambda *_: None)
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
+
+    logits = R._LMHeadMatmul.forward(context, hidden.as_subclass(OnGpu), head)
+
+    assert torch.allclose(logits.double(), hidden.double() @ head.double().T, atol=1e-4)
+
+
 @pytest.fixture
 def prefill_sizes(monkeypatch):
     """Record the tokens of each prefill forward, of which one has at most 1024."""
@@ -1428,6 +1521,17 @@ def prefill_sizes(monkeypatch):
     monkeypatch.setattr(R, "hidden_states", watched)
     monkeypatch.setattr(R, "PREFILL_TOKENS", 1024)
     return sizes
+
+
+def test_the_shared_start_of_other_prompts_is_not_computed_again(prefill_sizes):
+    """The tool docs are the longest part of a prompt, and the same in most tasks."""
+    policy = tiny_policy()
+    prefill_sizes.clear()  # of the check after loading
+
+    rollout(policy, [ToyEnv("a0"), ToyEnv("a1")], ["high"] * 2, max_new_tokens=2)
+
+    first, second, *_ = prefill_sizes
+    assert second < first / 2
 
 
 def test_a_rollout_alone_is_the_same(reference, prefill_sizes):
@@ -1608,6 +1712,26 @@ def capture_on_a_tape(step, pool):
     with tape:
         out = step()
     return expected, tape, out
+
+
+def test_a_graph_is_captured_on_a_stream_of_its_own(monkeypatch):
+    """The output of the warm-up is no output of the graph: a replay would return the first step's ids."""
+    waits = []
+    options = []
+    stream = types.SimpleNamespace(wait_stream=waits.append)
+    fakes = {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "CUDAGraph": lambda: "graph",
+        "stream": contextlib.nullcontext,
+        "graph": lambda graph, **flags: options.append(flags) or contextlib.nullcontext(),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    assert R.capture_graph(itertools.count().__next__, "pool") == (0, "graph", 1)
+    assert len(waits) == 2
+    assert options == [{"pool": "pool", "stream": stream, "capture_error_mode": "thread_local"}]
 
 
 @pytest.fixture
@@ -1964,9 +2088,11 @@ def test_a_rank_without_a_gpu_is_refused(monkeypatch, rank, ranks, visible):
 
 
 def join_two_ranks(monkeypatch, gpus):
-    """Start rank 0 of two ranks that have these GPUs."""
+    """Start rank 0 of two ranks that have these GPUs; return it, the GPUs it chose and its backend."""
+    chosen = []
+    backends = []
     fake = types.SimpleNamespace(
-        init_process_group=lambda *args, **options: None,
+        init_process_group=lambda backend, **options: backends.append(backend),
         HashStore=lambda: None,
         get_rank=lambda: 0,
         get_world_size=lambda: 2)
@@ -1974,14 +2100,18 @@ def join_two_ranks(monkeypatch, gpus):
     monkeypatch.setattr(sft_rctp, "dist", fake)
     monkeypatch.setattr(sft_rctp, "local_device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(sft_rctp.Distributed, "gather", lambda distributed, values: gpus)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    return sft_rctp.init_distributed()
+    return sft_rctp.init_distributed(), chosen, backends
 
 
 def test_two_ranks_join_on_two_gpus(monkeypatch):
     """A check that refuses ranks with a GPU each ends every run on several GPUs."""
-    assert join_two_ranks(monkeypatch, ["a", "b"]).size == 2
+    distributed, chosen, backends = join_two_ranks(monkeypatch, ["a", "b"])
+
+    assert distributed.size == 2
+    assert chosen == [torch.device("cuda", 0)]  # else FSDP takes the first GPU on all ranks
+    assert backends == ["cpu:gloo,cuda:nccl"]
 
 
 def test_two_ranks_on_one_gpu_are_refused(monkeypatch):
@@ -2364,17 +2494,19 @@ def test_an_infinite_loss_with_a_finite_gradient_is_skipped(distributed):
 
 def test_gradients_of_bf16_runs_are_summed_in_fp32(distributed, monkeypatch):
     """Gradients that ranks add in bf16 lose their small parts."""
-    precisions = set()
+    precisions = []
     fully_shard = sft_rctp.fully_shard
 
     def record(part, mp_policy, **options):
-        precisions.add((mp_policy.param_dtype, mp_policy.reduce_dtype))
+        precisions.append((mp_policy.param_dtype, mp_policy.reduce_dtype))
+        assert options["reshard_after_forward"] is True
         return fully_shard(part, mp_policy=mp_policy, **options)
 
     monkeypatch.setattr(sft_rctp, "fully_shard", record)
     sft_rctp.shard_model(tiny_policy(), given(), torch.bfloat16, distributed)
 
-    assert precisions == {(torch.bfloat16, torch.float32)}
+    # Two layers and what is around them: one layer's weights are whole at a time.
+    assert precisions == [(torch.bfloat16, torch.float32)] * 3
 
 
 def test_the_rate_is_never_above_its_peak():
@@ -2593,6 +2725,17 @@ def test_a_users_files_beside_rollouts_stay(tmp_path):
 
     ours = ["step_000050.jsonl", "step_000052.jsonl"]
     assert sorted(path.name for path in folder.iterdir()) == sorted(ours + theirs)
+
+
+def test_the_best_and_the_worst_rollout_are_printed(tmp_path, monkeypatch, capsys):
+    """A failure that is shown as the best of a step is taken for what the policy has learned."""
+    rollouts = [dataclasses.replace(t, reward=reward) for t, reward in zip(played(), (0.5, 1.0, 0.0))]
+    monkeypatch.setattr(rl_rcgrpo, "transcript", lambda t, tokenizer: f"reward {t.reward}")
+
+    rl_rcgrpo.save_rollouts(tmp_path, 7, [rl_rcgrpo.Group(0, rollouts)], None)
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["--- best of step 7", "reward 1.0", "--- worst of step 7", "reward 0.0"]
 
 
 @pytest.fixture
@@ -3034,6 +3177,21 @@ def test_advantages_and_sampled_logprobs_follow_their_rollout(weighted):
             assert p.sampled_logp[mine].tolist() == pytest.approx(sampled_values(t, t.logprobs))
 
 
+def test_advantages_within_a_reward_token_have_its_rollouts():
+    """The arm would be plain RC-GRPO under another name."""
+    rewards = (1.0, 0.0, 0.0, 0.0)
+    rollouts = [dataclasses.replace(t, reward=reward) for t, reward in zip(played(), rewards)]
+    assert [t.reward_token for t in rollouts] == ["high", "low", None, "high"]
+    packs = sft_rctp.pack(rollouts)
+
+    rl_rcgrpo.assign_advantages(
+        packs, [rl_rcgrpo.Group(0, rollouts)], given(prompts_per_step=1, advantage="within_reward_token"))
+
+    for p in packs:
+        for i, advantage in zip(p.owners.tolist(), p.advantage.tolist()):
+            assert advantage == pytest.approx([1, 0, 0, -1][i], abs=1e-4)
+
+
 # ---- stage 1's data -----------------------------------------------------------------
 def write_data(policy, tasks, files=(), **flags):
     """Return `stage1_data` of these tasks: (pairs, number left out). By default no length is too long."""
@@ -3326,6 +3484,13 @@ def arms(written):
     return found
 
 
+def test_validation_is_under_the_reward_tokens_of_the_data(arms):
+    """Success under a token that the policy never saw says nothing."""
+    for arm, pairs in arms.items():
+        trained = {t.reward_token for pair in pairs for t in pair}
+        assert trained == set(sft_rctp.ARM_REWARD_TOKENS[arm])
+
+
 def test_reward_token_dropout(arms):
     """Without prompts that have no reward token, the base of plain GRPO is a prompt that was never seen."""
     tokens = [t.reward_token for pair in arms["rctp"] for t in pair]
@@ -3471,18 +3636,34 @@ def test_a_rollout_that_is_too_long_is_counted(written, rollouts, tmp_path):
     assert left_out == 1
 
 
+def test_rollouts_are_paired_by_chance(written, rollouts, tmp_path):
+    """Files are in the order of their tasks: without a shuffle the surplus that is left out is always of the
+    same tasks."""
+    pairings = set()
+    for seed in range(8):
+        pairs, _ = read_back(
+            written, rollouts, tmp_path,
+            rollouts.success, rollouts.second_success, rollouts.failure, rollouts.second_failure, seed=seed)
+        pairings.add(tuple(tuple(t.task for t in pair) for pair in pairs))
+
+    assert len(pairings) > 2
+
+
 @pytest.mark.parametrize("names, rest, words", [
     (["success"], "{}\n", "line 2"),
     (["success"], "no\n", "line 2"),
     (["success", "failure"], "[1]\n", "line 3"),
     (["success", "other_prompt"], "", "line 2"),
+    (["success", "short_mask"], "", "line 2"),
     (["success"], "", "1 successes and 0 failures"),
     (["failure", "second_failure"], "", "0 successes and 2 failures"),
 ])
 def test_rollouts_that_cannot_be_learned_from_are_refused(written, rollouts, tmp_path, names, rest, words):
     """A broken line, or one of another prompt, that is skipped without a message leaves nobody knowing which
     data a model saw."""
-    rollouts.other_prompt = dataclasses.replace(rollouts.failure, ids=rollouts.failure.ids[1:])
+    failure = rollouts.failure
+    rollouts.other_prompt = dataclasses.replace(failure, ids=failure.ids[1:])
+    rollouts.short_mask = dataclasses.replace(failure, loss_mask=failure.loss_mask[:-1])
     lines = [getattr(rollouts, name) for name in names]
 
     with pytest.raises(BfclError, match=words):
@@ -3508,6 +3689,11 @@ def draw_failures(folder, names, rank=0, size=1, **flags):
 
 
 NAMES = [f"{letter}{n}" for letter in "abc" for n in range(4)]
+
+
+def test_each_seed_has_failures_of_its_own(tmp_path):
+    """Seeds that learn from the same failures are no repetitions."""
+    assert draw_failures(tmp_path, NAMES, seed=0) != draw_failures(tmp_path, NAMES, seed=1)
 
 
 def test_the_first_failed_rollout_of_each_task_is_kept(tmp_path):
@@ -3800,7 +3986,7 @@ BOMBS = [
     "power(base=10, exponent=10**9)", "power(base=10, exponent=1000000000)", "power(7, 99999)",
     "cd(*['a'])", "add(a=9**9**9, b=1)", "square_root(number=2, precision=100000000)",
     "add(a=0x" + "f" * 90_000 + ", b=1)", "logarithm(value=2, base=10, precision=10000000)",
-    "logarithm(value='1e999999999', base=2, precision=5)", "logarithm(2, '1e999999999', True)",
+    "logarithm(value='1e99999999', base=2, precision=5)", "logarithm(2, '1e999999999', True)",
     "logarithm(value='1E9_9_9_9_9_9_9_9', base=2, precision='10000000')",
     "mean(numbers=[1e308, 10**4000])", "round_number(number=5, decimal_places=-1000000000)",
     "cd('\ud800')", "round_number(5, -10**9)",
@@ -4537,12 +4723,13 @@ def test_gold_calls_and_one_that_spoils_the_state_are_no_success():
     assert [verdict.action, verdict.state, verdict.reward("paper")] == [True, False, 0]
 
 
-def test_a_call_with_an_unknown_parameter_covers_nothing():
+@pytest.mark.parametrize("more", ["x=1", "file_name='final_report.pdf'", "1"])
+def test_a_call_with_wrong_arguments_covers_nothing(more):
     """A call that only returned an error would be rewarded."""
     task, turns = positional_gold()
     assert turns[2] == [["sort('final_report.pdf')"]]
 
-    verdict = judge(task, [*turns[:2], [["sort('final_report.pdf', x=1)"]], turns[3]])
+    verdict = judge(task, [*turns[:2], [[f"sort('final_report.pdf', {more})"]], turns[3]])
 
     assert [verdict.action, verdict.state] == [False, True]
 
@@ -5114,8 +5301,22 @@ def test_result_files_of_others_are_not_replaced(official_runs, number, is_refus
 
     assert bool(status) == is_refused, output
     assert (eval_bfcl.FOREIGN in output) == is_refused
+    assert path.parts[-2:] == ("multi_turn", "BFCL_v4_multi_turn_base_result.json")
     assert path.read_text().count('"id"') == 2
     assert path.read_text().endswith("\n ")
+
+
+@pytest.mark.parametrize("count", [2, 200])
+def test_the_official_command_of_a_part(tmp_path, capsys, count):
+    """The official evaluator refuses a part of a category without --partial-eval."""
+    args = types.SimpleNamespace(official_out=tmp_path / "a b")
+
+    eval_bfcl.write_official(args, "json", {"multi_turn_base": [{}] * count})
+
+    output = capsys.readouterr().out
+    assert ("--partial-eval" in output) == (count < 200)
+    assert "--model Qwen/Qwen3-0.6B-FC --test-category multi_turn_base " in output
+    assert f"--result-dir '{tmp_path}/a b'" in output
 
 
 def trained_arms():
@@ -5155,10 +5356,70 @@ def test_a_model_from_elsewhere_is_no_arm():
     assert eval_bfcl.arm_name(R.StageInfo()) is None
 
 
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_a_steps_times_add_up(pipeline, stage):
+    """Throughput and the parts of a step are what people compare trainers by."""
+    for line in lines_of(pipeline.out / stage / "metrics.jsonl"):
+        assert line["perf/throughput"] * line["step_time"] == pytest.approx(line["num_tokens"])
+        if stage == "rl":
+            parts = [line[f"timing_s/{name}"] for name in ("rollout", "reference", "update")]
+            assert min(parts) >= 0
+            assert sum(parts) == pytest.approx(line["step_time"])
+
+
 def test_the_evaluation_warns(pipeline):
     """Two checkpoints with equal weights, or training tasks, are evaluated without a warning."""
-    assert "hold the same weights" in pipeline.output
+    assert pipeline.output.count("hold the same weights") == 1
+    assert f"warning: {pipeline.out}/rl/model and another checkpoint" in pipeline.output
     assert "2 of the 2 tasks were trained on" in pipeline.output
+
+
+def test_an_evaluation_has_its_seed(distributed, monkeypatch, tmp_path):
+    """Evaluations under several seeds would be copies of one."""
+    keys = []
+    monkeypatch.setattr(eval_bfcl, "rollout", lambda *args, **flags: keys.extend(args[3]))
+
+    args = given(out=tmp_path, samples=2, seed=3)
+    eval_bfcl.roll_out_tasks(None, TASKS[:1], None.__eq__, "high", 0, args, distributed)
+
+    assert keys == [(3, 0, TASKS[0].id, 0, sample) for sample in range(2)]
+
+
+def test_ranks_wait_before_the_rollouts_are_counted(distributed, monkeypatch, tmp_path):
+    """A rank that is ahead would report an accuracy without the rollouts of the others."""
+    events = []
+    barrier = types.SimpleNamespace(barrier=lambda: events.append("barrier"))
+    monkeypatch.setattr(eval_bfcl, "dist", barrier)
+    monkeypatch.setattr(eval_bfcl, "finished", lambda *args: events.append("read") or {})
+    monkeypatch.setattr(eval_bfcl, "rollout", lambda *args, **flags: events.append("rollout"))
+
+    args = given(out=tmp_path, samples=1)
+    eval_bfcl.roll_out_tasks(None, TASKS[:1], None.__eq__, "high", 0, args, distributed)
+
+    assert events == ["read", "barrier", "rollout", "barrier", "read"]
+
+
+def test_trained_tasks_and_those_left_out_are_counted():
+    """An accuracy on training tasks, or on the short ones alone, would be reported without a word."""
+    stage_info = R.StageInfo(tasks=[TASKS[0].id, "x", "y"])
+    chat = types.SimpleNamespace(thinking="off")
+    policy = types.SimpleNamespace(name="m", stage_info=stage_info, chat=chat)
+
+    row = eval_bfcl.describe_checkpoint(policy, {}, TASKS[:4], TASKS[:3])
+
+    assert (row["trained_on"], row["tasks_left_out"]) == (1, 1)
+
+
+def test_prompts_that_a_checkpoint_never_saw_are_named(distributed, capsys):
+    """Under other tool docs a trained policy fails, and nobody knows why."""
+    stage_info = R.StageInfo(
+        stage="rctp", tool_docs="slim", protocol="official", stage1_reward_tokens=["high"])
+
+    eval_bfcl.print_warnings(stage_info, given(reward_tokens=["high"]), distributed)
+
+    output = capsys.readouterr().out
+    assert "trained with --tool_docs slim" in output
+    assert "--protocol" not in output
 
 
 def test_the_budget_of_a_checkpoint_is_saved(pipeline):
@@ -5464,6 +5725,11 @@ MISTAKES = {
     "{rl} --temperature 0": "greedy",
     "sft_rctp.py --model {out}/rl/model {stage} --out {out}/sft": "holds another run (weights: ",
     "sft_rctp.py --model tiny --out {out}/sft": "(steps: 2 there, None here; lr: 0.001 there, 1e-05",
+    "eval_bfcl.py --ckpt tiny --max_len 16 --out {old}/short": "no task's prompt fits in 16 tokens",
+    "eval_bfcl.py --ckpt {out}/sft/model --call_format json --out {old}/json": "give --call_format python",
+    "eval_bfcl.py --ckpt {out}/sft/model --thinking on --out {old}/thinking": "omit --thinking",
+    "eval_bfcl.py --ckpt tiny --show multi_turn_base_3": "give one of --ckpt",
+    "eval_bfcl.py --show multi_turn_base_3 --out {out}/eval": "has no rollout of multi_turn_base_3",
 }
 OF_OLDER_VERSIONS = {
     "{rl} --out {old}/run": "a run of another script, or of another version",
@@ -5547,7 +5813,7 @@ def test_a_models_folder_is_no_finished_run(distributed, tmp_path):
 
 
 @pytest.mark.parametrize("flag, value", [
-    ("tokens_per_microbatch", 4096), ("gradient_checkpointing", "on"), ("kv_gb", 2.0)])
+    ("tokens_per_microbatch", 4096), ("gradient_checkpointing", "on"), ("kv_gb", 2.0), ("cuda_graphs", "on")])
 def test_flags_of_memory_may_change(distributed, tmp_path, capsys, flag, value):
     """After an out-of-memory error the run could not be continued with less memory; a change that nobody
     noted makes its last digits a riddle."""
@@ -5560,6 +5826,69 @@ def test_flags_of_memory_may_change(distributed, tmp_path, capsys, flag, value):
     [change] = sft_rctp.read_config(tmp_path)["changes"]
     assert f"--{flag} {value}, before {getattr(given(), flag)}" in change
     assert f"changed: --{flag} {value}" in capsys.readouterr().out
+
+
+def test_flags_that_do_not_affect_the_training_may_change(distributed, tmp_path, monkeypatch):
+    """A run whose disk is full could not go on with fewer checkpoints."""
+    monkeypatch.setattr(sft_rctp.importlib.util, "find_spec", lambda name: True)
+    begun_run(distributed, tmp_path)
+
+    begin(distributed, tmp_path, save_every=9, save_total_limit=3, tracker="wandb", rollouts=["moved"],
+          export="run")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", sft_rctp.FAILURES, "high.rank0.jsonl"])
+def test_an_empty_log_is_no_work(tmp_path, name):
+    """A command that was stopped before its first step could not be typed again with other flags."""
+    (tmp_path / name).touch()
+    assert not sft_rctp.work_has_begun(tmp_path)
+
+    (tmp_path / name).write_text("{}\n")
+    assert sft_rctp.work_has_begun(tmp_path)
+
+
+def test_no_training_data_is_an_error(distributed, tmp_path):
+    """Without a pair the run would make no update, and save the start as its result."""
+    with pytest.raises(BfclError, match="none of the 3 tasks gives a pair that fits --max_len 2000"):
+        sft_rctp.check_data([], TASKS[:3], given(), tmp_path, distributed)
+
+
+def test_ranks_wait_for_each_other_for_days(distributed):
+    """Ranks may finish their rollouts hours apart; the default timeout ends the run after 30 minutes."""
+    backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+
+    assert backend.options._timeout.days == 7
+
+
+def test_an_interrupted_save_leaves_no_model(tmp_path, monkeypatch):
+    """Half a model would count as the finished run's."""
+    policy = tiny_policy()
+    weights = {name: p.detach() for name, p in policy.model.named_parameters()}
+    monkeypatch.setattr(policy.tokenizer, "save_pretrained", None)  # to call it is the interruption
+
+    with pytest.raises(TypeError):
+        sft_rctp.write_model(tmp_path, "model", policy, weights, 1, {"stage": "rctp"})
+
+    assert not (tmp_path / "model").exists()
+
+
+def test_another_rank_with_other_flags_is_refused(tmp_path):
+    """The command is typed once per node; with another --lr there the run would train on in silence."""
+    complaints = []
+    rank1 = types.SimpleNamespace(
+        is_main=False, broadcast=lambda _: ({"lr": 1}, {}), raise_together=complaints.append)
+
+    sft_rctp.check_same_run(tmp_path, rank1, {"lr": 2})
+
+    assert "lr: 1 there, 2 here" in complaints[0]
+
+
+def test_all_ranks_wait_for_the_work_of_rank_0(distributed, monkeypatch):
+    """A rank that goes ahead reads a file before it is there, and trains on after a refusal."""
+    monkeypatch.setattr(distributed, "gather", lambda values: [*values, "the other rank's"])
+
+    with pytest.raises(BfclError, match="the other rank's"):
+        distributed.on_main(lambda: None)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
@@ -5899,18 +6228,21 @@ def test_the_sampler_has_the_trainers_weights(resumed):
     assert log[-1]["sampling/sampling_logp_difference/max"] < 1e-4
 
 
-def test_a_run_with_another_reference_is_another_run(pipeline, distributed, tmp_path, monkeypatch):
-    """A resumed run would be held to the KL of another stage 1."""
-    command = f"rl_rcgrpo.py --model {pipeline.out}/sft/model {STAGE} --dtype fp32 --out {tmp_path}".split()
+@pytest.mark.parametrize("stage, name", [
+    (rl_rcgrpo, "reference"), (rl_rcgrpo, "compute"), (sft_rctp, "weights"), (sft_rctp, "compute")])
+def test_a_run_with_another_model_or_dtype_is_another_run(
+        pipeline, distributed, tmp_path, monkeypatch, stage, name):
+    """A resumed run would be held to the KL of another stage 1, or go on in another precision."""
+    command = f"x --model {pipeline.out}/sft/model {STAGE} --dtype fp32 --out {tmp_path}".split()
     monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.setattr(rl_rcgrpo, "init_distributed", lambda: distributed)
-    monkeypatch.setattr(rl_rcgrpo, "shard_model", None)  # must not be reached
+    monkeypatch.setattr(stage, "init_distributed", lambda: distributed)
+    monkeypatch.setattr(stage, "shard_model", None)  # must not be reached
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    config = {"args": vars(rl_rcgrpo.parse_args(command[1:])), "same": {"reference": "other"}}
+    config = {"args": vars(stage.parse_args(command[1:])), "same": {name: "other"}}
     sft_rctp.atomic_write(tmp_path / "config.json", config)
 
-    with pytest.raises(BfclError, match="reference: 'other' there"):
-        rl_rcgrpo.main()
+    with pytest.raises(BfclError, match=f"{name}: 'other' there"):
+        stage.main()
 
 
 def test_validation_on_training_tasks_is_refused(monkeypatch):
@@ -5949,6 +6281,23 @@ def test_stage_2_refuses_prompts_that_stage_1_never_saw(monkeypatch, flags, word
     rl_rcgrpo.check_flags(rl_rcgrpo.parse_args([]))
     with pytest.raises(BfclError, match=words):
         rl_rcgrpo.check_flags(rl_rcgrpo.parse_args(flags.split()))
+
+
+@pytest.mark.parametrize("known, missing", [
+    (["high", "low"], ""), (["high"], "['low']"), (["none"], "['high', 'low']")])
+def test_reward_tokens_that_stage_1_never_saw_are_named(monkeypatch, capsys, known, missing):
+    """Stage 2 after --arm sft is an arm of the paper, but it may also be a mistake in --model."""
+    stage_info = R.StageInfo(
+        stage="rctp", arm="sft", tool_docs="signature", protocol="official", call_format="python",
+        stage1_reward_tokens=known, tasks=[])
+    monkeypatch.setattr(rl_rcgrpo, "read_stage_info", lambda model: stage_info)
+    monkeypatch.setattr(rl_rcgrpo, "check_model", lambda model: None)
+
+    rl_rcgrpo.check_flags(rl_rcgrpo.parse_args([]))
+
+    output = capsys.readouterr().out
+    assert ("warning: stage 1 (--arm sft) was not trained" in output) == bool(missing)
+    assert output.strip().endswith(missing)
 
 
 def test_the_defaults_of_stage_2_are_the_papers():
@@ -6005,7 +6354,7 @@ def test_a_transcript_has_the_prompt_of_its_flags(monkeypatch, capsys):
 
 @pytest.mark.parametrize("flag", [
     "--temperature -1", "--temperature nan", "--max_new_tokens 0", "--max_sampled_tokens 0", "--max_len 15",
-    "--kv_gb 0", "--kv_gb inf"])
+    "--kv_gb 0", "--kv_gb inf", "--temperature 11"])
 def test_a_limit_out_of_bounds_is_refused(flag, capsys):
     """It would invert the distribution, or end in a traceback after the model has loaded."""
     parser = bfcl_env.Parser("x")
@@ -6108,6 +6457,102 @@ def test_reference_after_a_resume(pipeline, distributed, tmp_path, monkeypatch):
             assert not torch.equal(p, resumed_weights[name]), name
     for name, p in other.named_parameters():
         assert torch.equal(p.full_tensor(), resumed_weights[name]), name
+
+
+def test_the_papers_split_has_nothing_to_validate_on():
+    """The advice of the other splits, --split all, would train on test tasks."""
+    with pytest.raises(BfclError, match="no validation part: add --eval_every 0"):
+        sft_rctp.parse_args(["--model", "tiny", "--split_by", "paper"])
+
+
+class Reached(Exception):
+    """A run came to the place at which a test looks."""
+
+
+def stop_at(calls):
+    """Return a function that ends the run; it appends its arguments to `calls`."""
+    def stop(*args, **flags):
+        calls.append(args)
+        raise Reached
+    return stop
+
+
+@pytest.fixture
+def run_until(pipeline, distributed, tmp_path, monkeypatch):
+    """A function that runs a stage in this process until `Reached` is raised."""
+    def run(stage, flags):
+        model = "tiny"
+        if stage is rl_rcgrpo:
+            model = f"{pipeline.out}/sft/model --prompts_per_step 2 --group_size 2"
+        command = (f"x --model {model} {PAIR} --steps 1 --dtype fp32 --max_new_tokens 3 --eval_limit 1 "
+                   f"--out {tmp_path}/run {flags}")
+        monkeypatch.setattr(sys, "argv", command.split())
+        monkeypatch.setattr(stage, "init_distributed", lambda: distributed)
+        monkeypatch.setattr(sft_rctp.signal, "signal", lambda *_: None)
+        with pytest.raises(Reached):
+            stage.main()
+    return run
+
+
+def test_the_full_copy_has_no_weights_during_the_update(run_until, monkeypatch):
+    """15 GB of a 7B model that the memory plan counts as free would be taken."""
+    policies = []
+
+    def load(*args, **flags):
+        policies.append(load_policy(*args, **flags))
+        return policies[-1]
+
+    monkeypatch.setattr(rl_rcgrpo, "load_policy", load)
+    monkeypatch.setattr(rl_rcgrpo, "update_policy", stop_at([]))
+
+    run_until(rl_rcgrpo, "--eval_every 0")
+
+    sampler_policy, _ = policies
+    assert not any(p.numel() for p in sampler_policy.model.parameters())
+
+
+def test_stage_2_packs_for_its_memory(run_until, monkeypatch):
+    """The message of an out-of-memory error advises a flag that would change nothing."""
+    calls = []
+    monkeypatch.setattr(rl_rcgrpo, "pack", stop_at(calls))
+
+    run_until(rl_rcgrpo, "--eval_every 0 --tokens_per_microbatch 2500")
+
+    [(_, budget, _)] = calls
+    assert budget == 2500
+
+
+@pytest.mark.parametrize("flag, expected", [("none", [None]), ("high", ["high"]), ("mixed", ["high"])])
+def test_validation_of_stage_2_is_under_a_trained_token(run_until, monkeypatch, flag, expected):
+    """A policy that was trained without a reward token would be validated under one."""
+    calls = []
+    monkeypatch.setattr(rl_rcgrpo, "check_flags", lambda args: None)
+    monkeypatch.setattr(rl_rcgrpo, "validate", stop_at(calls))
+
+    run_until(rl_rcgrpo, f"--eval_every 1 --reward_tokens {flag}")
+
+    assert calls[0][2] == expected
+
+
+def test_stage_2_leaves_out_tasks_whose_prompt_does_not_fit(run_until, monkeypatch):
+    """Their rollouts end before they begin, and count as failures."""
+    calls = []
+    monkeypatch.setattr(rl_rcgrpo, "filter_overlong", lambda policy, tasks, *_: tasks[:1])
+    monkeypatch.setattr(rl_rcgrpo, "sample_groups", stop_at(calls))
+
+    run_until(rl_rcgrpo, "--eval_every 0")
+
+    assert len(calls[0][1]) == 1
+
+
+def test_stage_1_takes_a_batch_of_one_trajectory(run_until, monkeypatch):
+    """An update has at least one pair, or the number of steps is divided by zero."""
+    calls = []
+    monkeypatch.setattr(sft_rctp, "TrainLoop", stop_at(calls))
+
+    run_until(sft_rctp, "--eval_every 0 --batch_size 1")
+
+    assert calls[0][4] == 1  # step
 
 
 # Runs the first and the last step of a stage, keeps the rollouts of both, and leaves a file `locked` in a run
@@ -6708,8 +7153,8 @@ TORN = "2_low"  # checkpoint and reward token whose file an interrupted evaluati
 
 @pytest.fixture(scope="module")
 def continued(pipeline, tmp_path_factory):
-    """An evaluation in `folder` that continues a torn one, and two that other settings or weights prevent:
-    [exit status, output] of the three."""
+    """An evaluation in `folder` that continues a torn one, and those that other settings or weights prevent:
+    [exit status, output] of each."""
     folder = tmp_path_factory.mktemp("continued")
     shutil.copytree(pipeline.out / "eval", folder / "eval")
     shutil.copytree(pipeline.out / "eval", folder / "other")
@@ -6720,7 +7165,8 @@ def continued(pipeline, tmp_path_factory):
     config.write_text(config.read_text().replace('"sha256": "', '"sha256": "0'))
     command = f"{pipeline.evaluation} {folder}"
 
-    commands = (f"{command}/eval --kv_gb 2", f"{command}/eval --dtype bf16", f"{command}/other")
+    commands = (f"{command}/eval --kv_gb 2", f"{command}/eval --dtype bf16", f"{command}/other",
+                f"{command}/eval --seed 1", f"{command}/eval --samples 3")
     results = results_of(start_commands(*commands))
     return types.SimpleNamespace(folder=folder / "eval", results=results)
 
@@ -6752,6 +7198,8 @@ def test_a_continued_evaluation_repeats_no_rollout(continued, pipeline, checkpoi
 @pytest.mark.parametrize("number, words", [
     (1, "holds another run (dtype: 'torch.float32' there, 'torch.bfloat16' here)"),
     (2, "holds another run (checkpoint 0: {'sha256': '0"),
+    (3, "holds another run (seed: 0 there, 1 here)"),
+    (4, "holds another run (samples: 2 there, 3 here)"),
 ])
 def test_an_evaluation_is_not_continued_with_others(continued, number, words):
     """Rollouts under other flags or of other weights would be counted together."""
@@ -6963,6 +7411,12 @@ LEADERBOARD = eval_bfcl.leaderboard_formats()
 SCORED = [name for name, step_format in LEADERBOARD.items() if step_format in eval_bfcl.HANDLERS]
 
 
+@each_call_format
+def test_the_official_model_of_a_call_format_has_its_decoder(call_format):
+    """Result files in the folder of another model are decoded in another way, and score 0."""
+    assert LEADERBOARD[CALL_FORMATS[call_format].official.replace("/", "_")] == call_format
+
+
 def test_each_model_of_the_leaderboard_is_known():
     """A model whose handler nobody looked at would be scored with the calls of another one."""
     assert len(LEADERBOARD) == 175
@@ -7041,6 +7495,27 @@ def write_result(path, turns=(), name="multi_turn_base_0"):
 
 
 BASE = "BFCL_v4_multi_turn_base_result.json"
+
+
+def test_bad_lines_of_all_files_are_counted(evaluate, known_families, tmp_path):
+    """A score from half of the lines must not pass for a whole one."""
+    folder = tmp_path / "Qwen_Qwen3-8B"
+    write_result(folder / BASE)
+    (folder / BASE).write_text((folder / BASE).read_text() + "7\n")
+    write_result(folder / BASE.replace("base", "miss_func"), name="multi_turn_miss_func_0")
+
+    assert last_json(evaluate("--score", folder).out)["malformed"] == 1
+
+
+@pytest.mark.parametrize("text, words", [("", "holds no line"), ("7\n", "not have one result per line")])
+def test_a_result_file_without_results_is_refused(evaluate, tmp_path, text, words):
+    """A traceback does not tell which file is wrong."""
+    folder = tmp_path / "Qwen_Qwen3-8B"
+    folder.mkdir()
+    (folder / BASE).write_text(text)
+
+    with pytest.raises(BfclError, match=words):
+        evaluate("--score", folder)
 
 
 @pytest.mark.parametrize("folder, name", [
@@ -7213,15 +7688,29 @@ def test_a_result_gets_the_live_verdict():
         assert judge(task, eval_bfcl.turns_of(result, env.call_format)) == env.verdict()
 
 
+def test_each_category_has_its_result_file():
+    """The official evaluator looks for a task in the file of its category alone."""
+    found, policy = played_conversations()
+    played_in_python = [(task, t) for task, t, _, env in found if env.call_format == "python"]
+    tasks, rollouts = zip(*played_in_python)
+
+    rows = eval_bfcl.official_rows(tasks, rollouts, policy.tokenizer, "python")
+
+    assert len(rows) > 1
+    for category, lines in rows.items():
+        assert {line["id"].rpartition("_")[0] for line in lines} == {category}
+
+
 @pytest.mark.parametrize("right", [True, False])
 def test_a_transcript_is_shown_with_the_gold_calls(evaluate, tmp_path, right):
     """An evaluation that was killed must still show why a task failed."""
     found, policy = played_conversations()
     kept = [t for _, t, _, env in found if env.call_format == "python" and env.done]
-    settings = {"same": {"reward_tokens": ["high"], "checkpoints": 1}}
+    settings = {"same": {"reward_tokens": ["high"], "checkpoints": 2}}
     sft_rctp.atomic_write(tmp_path / "config.json", settings)
-    sft_rctp.atomic_write(tmp_path / "0.tokenizer.json", policy.tokenizer.backend_tokenizer.to_str())
-    sft_rctp.atomic_write(tmp_path / "0_high.rank0.jsonl", "".join(t.to_json() + "\n" for t in kept))
+    sft_rctp.atomic_write(tmp_path / "0.tokenizer.json", "{}")
+    sft_rctp.atomic_write(tmp_path / "1.tokenizer.json", policy.tokenizer.backend_tokenizer.to_str())
+    sft_rctp.atomic_write(tmp_path / "1_high.rank0.jsonl", "".join(t.to_json() + "\n" for t in kept))
     t = next(t for t in kept if t.verdict["valid"] == right)
     task = BY_ID[t.task]
 
@@ -7235,8 +7724,9 @@ def test_a_transcript_is_shown_with_the_gold_calls(evaluate, tmp_path, right):
 def test_the_official_evaluator_reads_our_files(evaluate, tmp_path, monkeypatch):
     """A file that the official evaluator cannot read, or scores in another way, gives no entry."""
     monkeypatch.setenv("BFCL_PROJECT_ROOT", str(tmp_path))
+    args = types.SimpleNamespace(official_out=tmp_path / "result")
     for call_format in CALL_FORMATS:
-        eval_bfcl.write_official(tmp_path / "result", call_format, result_lines(call_format))
+        eval_bfcl.write_official(args, call_format, result_lines(call_format))
 
     succeed(start(f"{tmp_path}/result {tmp_path}/score", ("-c", OFFICIAL)))
 
@@ -7417,6 +7907,13 @@ def test_an_interval_holds_95_percent():
     assert eval_bfcl.interval(draws, BASE_REWARDS) == pytest.approx([0.304, 0.696], abs=0.003)
 
 
+def test_an_interval_is_the_same_again(known_families):
+    """Two reports of the same runs would differ."""
+    draws, again = (eval_bfcl.bootstrap([[BASE_REWARDS]]) for _ in range(2))
+
+    assert (draws == again).all()
+
+
 def test_no_success_is_not_certainly_none(known_families):
     """None of some 190 families is not "between 0 and 0"."""
     draws = eval_bfcl.bootstrap([[dict.fromkeys(BASE_REWARDS, 0.0)]])
@@ -7468,6 +7965,27 @@ def test_a_checkpoint_that_is_evaluated_twice_is_one_seed(comparison, tmp_path):
     result, _ = eval_bfcl.compared([*high, tmp_path / "again"])
 
     assert [arm["seeds"] for arm in result["table"]] == [2]
+
+
+def test_the_printed_difference_has_its_sign(comparison, tmp_path, capsys):
+    """With the names exchanged the table says the opposite of the result."""
+    folders = [comparison.evaluation("high0", "high", 0.4), comparison.evaluation("mixed0", "mixed", 0.7)]
+
+    eval_bfcl.compare(types.SimpleNamespace(compare=folders, out=tmp_path / "out"))
+
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("primary |")]
+    _, difference, detectable, arm, other = [cell.strip() for cell in line.split("|")]
+    assert 10 < float(difference.split()[0]) < 50
+    assert 1 < float(detectable) < 50  # in percent, too
+    assert (arm, other) == ("RCTP-FT + RC-GRPO, high", "RCTP-FT + GRPO (high token), high")
+
+
+def test_a_log_without_rewards_is_compared(comparison):
+    """Stage 1 logs no rewards; its checkpoint is compared all the same."""
+    folders = [comparison.evaluation("high0", "high", 0.4), comparison.evaluation("mixed0", "mixed", 0.7)]
+    (folders[0] / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+
+    assert len(comparison.compare(*folders)) == 1
 
 
 @pytest.mark.parametrize("name", ["call_format", "thinking"])
