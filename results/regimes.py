@@ -89,6 +89,10 @@ SECONDARY = (
     ("B", "explore low, learn high", "explore hot, learn high"),
     ("B", "explore low, learn high", "always high"),
 )
+EXPLORATORY = (  # found in the results
+    ("A", "always high, sign", "always high"),
+    ("A", "always high, sign", "RC-GRPO"),
+)
 STAGE1 = 1000  # updates of 8 pairs
 
 
@@ -714,7 +718,7 @@ def crossed(values):
     ms_seeds = T * (of_seeds**2).sum() / (seeds - 1)
     ms_tasks = seeds * (of_tasks**2).sum() / (T - 1)
     ms_rest = (rest**2).sum() / (seeds - 1) / (T - 1)
-    error = math.sqrt(max(ms_seeds + ms_tasks - ms_rest, ms_rest) / seeds / T)
+    error = math.sqrt((max(ms_seeds, ms_rest) + max(ms_tasks - ms_rest, 0)) / seeds / T)
     half = world.student(seeds - 1) * error
     return float(mean), (float(mean - half), float(mean + half)), float(error)
 
@@ -746,8 +750,9 @@ def tested(runs, comparisons):
     for n, p in enumerate(holm([p for *_, p, _ in found])):
         (name, arm, other), mean, (low, high), seeds, _, power = found[n]
         p_text = f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
+        p_text += " (Holm)" if len(comparisons) > 1 else ""
         lines.append(f"{name}: {arm} minus {other}: {mean:+.2f} points ({low:.2f} to {high:.2f}), {p_text}, "
-                     f"{seeds} of {SEEDS[name]} seeds; a difference of {power:.2f} would have 80 % power")
+                     f"{seeds} of {SEEDS[name]} seeds; at this spread {power:.2f} points have 80 % power")
     return lines
 
 
@@ -776,12 +781,13 @@ def gate_table():
 
 
 def difference_cell(runs, name, arm, other):
-    """Return an arm minus another as the cell of a table: empty where there is nothing to compare."""
+    """Return an arm minus another as the cell of a table, with the median over seeds: empty where there is
+    nothing to compare."""
     values = difference(runs, name, arm, other)
     if arm == other or values is None:
         return ""
     mean, (low, high), _ = crossed(values)
-    return f"{mean:+.1f} ({low:.1f} to {high:.1f})"
+    return f"{mean:+.1f} ({low:.1f} to {high:.1f}), {np.median(values.mean(1)):+.1f}"
 
 
 def updates_cell(arm, found):
@@ -800,7 +806,7 @@ def table(runs, arms):
     """Return the finished arms as a table in Markdown."""
     starts = {(arm.world, arm.row): arm.name for arm in arms if arm.flags is None}
     lines = [
-        "| world | arm | seeds | lr | success | gain | minus always high | zero-std groups | low | gap |",
+        "| world | arm | seeds | lr | success | gain, median | minus always high, median | zero-std groups | low | gap |",
         "|" + "---|" * 10,
     ]
     for arm in arms:
@@ -833,16 +839,17 @@ def draw(runs, arms):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     lines = gate()
     for n, line in enumerate(lines):
-        left.plot(line["predicted"]["snr"], n, "o", color="tab:blue")
-        left.plot(line["predicted"]["elsewhere"], n, "o", color="tab:orange")
+        for name, color in (("snr", "tab:blue"), ("elsewhere", "tab:orange")):
+            left.plot(line["predicted"][name], n, "o", color=color, label=name if n == 0 else None)
+    left.legend()
     left.axvline(1, color="black")
     left.set_yticks(range(len(lines)), [f"{line['world']}, seed {line['seed']}" for line in lines])
     left.set_xlabel("predicted signal-to-noise of RC-GRPO / always high\n"
-                    "(orange: if all noise comes from other directions)")
+                    "(elsewhere: if all noise comes from other directions)")
     shown = []
     for arm in arms:
         values = difference(runs, arm.world, arm.name, "always high")
-        if values is None or arm.name == "always high" or arm.row != "rctp":
+        if values is None or arm.name == "always high" or arm.row != "rctp" or arm.flags is None:
             continue
         mean, (low, high), _ = crossed(values)
         right.errorbar(mean, len(shown), xerr=[[mean - low], [high - mean]], fmt="o", color="black")
@@ -859,7 +866,9 @@ def draw(runs, arms):
 def report(arms):
     """Print the gate and the results; write regimes.md and regimes.png."""
     runs = read()
-    parts = [gate_table(), table(runs, arms), "\n".join(tested(runs, [PRIMARY]) + tested(runs, SECONDARY))]
+    lines = [*tested(runs, [PRIMARY]), *tested(runs, SECONDARY)]
+    lines += [f"exploratory: {line}" for line in tested(runs, EXPLORATORY)]
+    parts = [gate_table(), table(runs, arms), "\n".join(lines)]
     text = "\n\n".join(parts) + "\n"
     HERE.with_suffix(".md").write_text(text)
     print(text)
