@@ -2105,6 +2105,14 @@ def join_two_ranks(monkeypatch, gpus):
     return sft_rctp.init_distributed(), chosen, backends
 
 
+def test_one_rank_prints(capsys):
+    """Eight ranks would print each line eight times."""
+    for rank in range(2):
+        sft_rctp.Distributed(rank, 2, torch.device("cpu")).print0("once")
+
+    assert capsys.readouterr().out == "once\n"
+
+
 def test_two_ranks_join_on_two_gpus(monkeypatch):
     """A check that refuses ranks with a GPU each ends every run on several GPUs."""
     distributed, chosen, backends = join_two_ranks(monkeypatch, ["a", "b"])
@@ -2130,6 +2138,18 @@ def test_weights_are_put_aside_in_one_block(distributed):
     size = 2 * sum(p.numel() for p in model.parameters())
     assert len(blocks) == 1
     assert next(iter(kept.values())).untyped_storage().nbytes() == size
+
+
+def test_freed_weights_are_given_back(monkeypatch):
+    """Blocks that stay with torch's allocator are missing elsewhere."""
+    model = tiny_policy().model
+    left = []
+    monkeypatch.setattr(
+        torch.cuda, "empty_cache", lambda: left.append(sum(p.numel() for p in model.parameters())))
+
+    sft_rctp.free_weights(model)
+
+    assert left == [0]
 
 
 def test_weights_come_back_after_the_free_blocks_are_returned(distributed, monkeypatch):
@@ -2549,6 +2569,29 @@ def test_a_tracker_gets_each_step(tmp_path, monkeypatch):
     assert logged == [(3, {"loss": 1.0})]
 
 
+def test_each_step_is_a_line_on_the_console(tmp_path, capsys):
+    """A run of days that prints nothing is taken for one that hangs."""
+    logger = sft_rctp.MetricsLogger(tmp_path, lambda *_: None)
+
+    logger.log(3, 9, {"loss": 1.0, "reward": 0.25, "eval/reward_high": 0.5, "kl": 0.125})
+
+    assert capsys.readouterr().out == "step 3/9 | loss 1 | reward 0.25 | kl 0.125 | reward_high 0.5\n"
+
+
+def test_a_tracker_goes_on_with_its_run(tmp_path, monkeypatch):
+    """A resumed run would be refused by the tracker, or begin a second curve."""
+    begun = []
+    wandb = types.SimpleNamespace(init=lambda **options: begun.append(options), log=None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+
+    for _ in range(2):
+        sft_rctp.start_tracker(tmp_path, argparse.Namespace(tracker="wandb"))
+
+    assert begun[0] == begun[1]
+    assert begun[0]["id"]
+    assert begun[0]["resume"] == "allow"
+
+
 def test_only_skipped_updates_in_a_row_end_a_run(distributed, tmp_path):
     """Three bad batches in a run of days would end it."""
     model, optimizer = sharded(tiny_policy(), distributed)
@@ -2585,6 +2628,16 @@ def checkpointers(distributed, tmp_path):
         make_step(saving)
         saving.save(step, {"cursor": 10 * step})
     return saving, loading
+
+
+def test_a_checkpoint_that_is_being_removed_is_not_complete(checkpointers, monkeypatch):
+    """A kill while it is removed leaves half of it."""
+    saving, _ = checkpointers
+    monkeypatch.setattr(sft_rctp.shutil, "rmtree", lambda *args, **flags: None)  # killed before
+
+    saving.save(5, {})
+
+    assert [path.name for path in saving.complete()] == ["step_000004", "step_000005"]
 
 
 def test_the_newest_checkpoints_are_kept(checkpointers):
@@ -3234,6 +3287,38 @@ def test_half_of_the_turns_are_corrupted():
     assert 0.4 < changed / total < 0.7
 
 
+def test_a_closing_message_names_the_call_of_its_result():
+    """The policy would learn to report what another call returned."""
+    def names(task):
+        return [call.name for call in sft_rctp.gold_calls(task)[0]]
+
+    task = next(task for task in TASKS if len(names(task)) > 1 and names(task)[0] != names(task)[-1])
+    messages = sft_rctp.script_messages(task, sft_rctp.gold_calls(task), "python")
+
+    closing = next(text for text in messages if text.startswith("Done."))
+    assert closing.startswith(f"Done. {names(task)[-1]} returned: ")
+
+
+def test_a_wrong_argument_is_not_from_a_later_turn():
+    """Low would mean values that nobody has mentioned yet."""
+    turns = [[Call("f", (), {"x": "a"})], [Call("f", (), {"x": "b"})]]
+
+    [call] = sft_rctp._corrupt_turn(None, turns, 0, "argument", random.Random(0))
+
+    assert call.kwargs == {"x": "a_new"}
+
+
+@pytest.mark.parametrize("value, others", [
+    (True, [False]), (False, [True]), (2, [3, 12, 102]), (1.5, [2.5, 11.5, 101.5]), ("a", ["a_new"]),
+    (None, [[None]]),
+])
+def test_another_value_has_the_type_of_the_right_one(value, others):
+    """The label would be told by a type."""
+    found = {repr(sft_rctp._other_value(value, [], random.Random(n))) for n in range(20)}
+
+    assert found == {*map(repr, others)}
+
+
 def test_mistakes_are_plausible_calls():
     """Low would mean calls that no model makes: missing arguments, unseen functions, other types."""
     earlier = [Call("f", (), {"x": 1, "y": "b", "z": "a"})]
@@ -3811,6 +3896,15 @@ def test_the_source_of_the_data_is_recorded(files, failures, source):
 
     assert stage_info.data_source == source
     assert stage_info.base_model == "base"
+
+
+def test_the_reward_tokens_of_the_data_are_recorded():
+    """Stage 2 would refuse a token that stage 1 has seen, or take one that it has not."""
+    data = [dataclasses.replace(t, reward_token=token) for t, token in zip(played(), ("low", None))]
+
+    stage_info = sft_rctp.stage1_info(load_policy("tiny"), data, "python", given(model="m"))
+
+    assert stage_info.stage1_reward_tokens == ["low", "none"]
 
 
 def test_half_a_success_is_a_failure(written):
@@ -5363,7 +5457,7 @@ def test_a_steps_times_add_up(pipeline, stage):
         assert line["perf/throughput"] * line["step_time"] == pytest.approx(line["num_tokens"])
         if stage == "rl":
             parts = [line[f"timing_s/{name}"] for name in ("rollout", "reference", "update")]
-            assert min(parts) >= 0
+            assert min(parts) > 0
             assert sum(parts) == pytest.approx(line["step_time"])
 
 
@@ -5729,6 +5823,7 @@ MISTAKES = {
     "eval_bfcl.py --ckpt {out}/sft/model --call_format json --out {old}/json": "give --call_format python",
     "eval_bfcl.py --ckpt {out}/sft/model --thinking on --out {old}/thinking": "omit --thinking",
     "eval_bfcl.py --ckpt tiny --show multi_turn_base_3": "give one of --ckpt",
+    "sft_rctp.py --rollouts /nonexistent": "there is no such file",
     "eval_bfcl.py --show multi_turn_base_3 --out {out}/eval": "has no rollout of multi_turn_base_3",
 }
 OF_OLDER_VERSIONS = {
@@ -5837,6 +5932,17 @@ def test_flags_that_do_not_affect_the_training_may_change(distributed, tmp_path,
           export="run")
 
 
+def test_flags_that_affect_the_training_may_not_change(distributed, tmp_path):
+    """The second half of a run would be another recipe than its config.json says."""
+    may_change = {"rollouts", *"save_every save_total_limit tracker export cuda_graphs".split(),
+                  *"tokens_per_microbatch gradient_checkpointing kv_gb".split()}
+    begun_run(distributed, tmp_path)
+
+    for name in vars(given()).keys() - may_change:
+        with pytest.raises(BfclError, match=f"holds another run .{name}: "):
+            begin(distributed, tmp_path, **{name: "other"})
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", sft_rctp.FAILURES, "high.rank0.jsonl"])
 def test_an_empty_log_is_no_work(tmp_path, name):
     """A command that was stopped before its first step could not be typed again with other flags."""
@@ -5870,6 +5976,18 @@ def test_an_interrupted_save_leaves_no_model(tmp_path, monkeypatch):
         sft_rctp.write_model(tmp_path, "model", policy, weights, 1, {"stage": "rctp"})
 
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("stage, command", [
+    ("rctp", "torchrun rl_rcgrpo.py --model"), ("rcgrpo", "python eval_bfcl.py --ckpt")])
+def test_a_stage_names_the_command_of_the_next(tmp_path, capsys, stage, command):
+    """A newcomer would type the wrong one."""
+    policy = tiny_policy()
+    weights = {name: p.detach() for name, p in policy.model.named_parameters()}
+
+    sft_rctp.write_model(tmp_path, "model", policy, weights, 1, {"stage": stage})
+
+    assert f"next: {command} {tmp_path}/model\n" in capsys.readouterr().out
 
 
 def test_another_rank_with_other_flags_is_refused(tmp_path):
@@ -6165,6 +6283,7 @@ def test_a_run_without_a_reader_is_saved(unread, way):
     [checkpoint] = sft_rctp.complete_checkpoints(out / "checkpoints")
     last = lines_of(out / "metrics.jsonl")[-1]["step"]
     assert checkpoint.name == f"step_{last:06d}"
+    assert (out / "curves.png").exists()
     assert last < LONG
     # The status is of torchrun, not of a rank: now and then torchrun itself aborts while it closes down.
     assert status == 1 or way == "torchrun" and status == -signal.SIGABRT
@@ -6176,6 +6295,7 @@ def test_nohup_is_respected(unread):
 
     assert status == 0
     assert lines_of(out / "metrics.jsonl")[-1]["step"] == LONG
+    assert not (out / "checkpoints").exists()  # --save_every 0
 
 
 def log_without_times(run):
@@ -6366,13 +6486,23 @@ def test_a_limit_out_of_bounds_is_refused(flag, capsys):
     assert "is not from" in capsys.readouterr().err
 
 
+def test_stage_2_begins_where_stage_1_ends():
+    """The two commands of the README would not find each other."""
+    stage1 = sft_rctp.parse_args(["--model", "tiny"])
+    stage2 = rl_rcgrpo.parse_args([])
+
+    assert stage2.model == f"{stage1.out}/model" == "runs/sft_rctp/model"
+    assert stage2.out == "runs/rl_rcgrpo"
+
+
 @pytest.mark.parametrize("parse", [rl_rcgrpo.parse_args, sft_rctp.parse_args])
 def test_the_defaults_of_limits_and_environment(parse):
     """A run without flags would be cut off earlier, or be rewarded for another thing, than documented."""
     args = vars(parse(["--model", "tiny"]))
     expected = dict(
         max_new_tokens=256, max_sampled_tokens=2048, max_len=8192, reward="official", protocol="official",
-        tool_docs="signature", call_format="auto", split_by="family")
+        tool_docs="signature", call_format="auto", split_by="family",
+        save_every=50, save_total_limit=1, eval_every=50, eval_limit=16, dtype="auto", seed=0)
 
     assert {name: args[name] for name in expected} == expected
 
@@ -6494,21 +6624,127 @@ def run_until(pipeline, distributed, tmp_path, monkeypatch):
     return run
 
 
-def test_the_full_copy_has_no_weights_during_the_update(run_until, monkeypatch):
-    """15 GB of a 7B model that the memory plan counts as free would be taken."""
+def loaded_policies(monkeypatch, stage):
+    """Return the list of the policies that a stage loads from now on."""
     policies = []
 
     def load(*args, **flags):
         policies.append(load_policy(*args, **flags))
         return policies[-1]
 
-    monkeypatch.setattr(rl_rcgrpo, "load_policy", load)
+    monkeypatch.setattr(stage, "load_policy", load)
+    return policies
+
+
+def test_the_full_copy_has_no_weights_during_the_update(run_until, monkeypatch):
+    """15 GB of a 7B model that the memory plan counts as free would be taken."""
+    policies = loaded_policies(monkeypatch, rl_rcgrpo)
     monkeypatch.setattr(rl_rcgrpo, "update_policy", stop_at([]))
 
     run_until(rl_rcgrpo, "--eval_every 0")
 
     sampler_policy, _ = policies
     assert not any(p.numel() for p in sampler_policy.model.parameters())
+
+
+@pytest.mark.parametrize("place, flags", [
+    ("optimizer_step", "--eval_every 1"),
+    ("optimizer_step", "--eval_every 0 --failures sampled"),
+    ("TrainLoop.log", "--eval_every 1"),
+])
+def test_the_full_copy_of_stage_1_has_weights_only_while_it_samples(run_until, monkeypatch, place, flags):
+    """15 GB of a 7B model that the memory plan counts as free would be taken."""
+    policies = loaded_policies(monkeypatch, sft_rctp)
+    monkeypatch.setattr(f"sft_rctp.{place}", stop_at([]))
+
+    run_until(sft_rctp, flags)
+
+    _, sampler_policy = policies
+    assert not any(p.numel() for p in sampler_policy.model.parameters())
+
+
+@pytest.mark.parametrize("stage, copy", [(sft_rctp, 1), (rl_rcgrpo, 0)])
+def test_a_bf16_run_computes_in_bf16_and_keeps_fp32(run_until, monkeypatch, stage, copy):
+    """In bf16 an update at lr 1e-6 rounds away; in fp32 the run needs twice the memory and time."""
+    calls = []
+    policies = loaded_policies(monkeypatch, stage)
+    monkeypatch.setattr(stage, "shard_model", stop_at(calls))
+
+    run_until(stage, "--eval_every 1 --dtype bf16")
+
+    [(policy, _, dtype, _)] = calls
+    assert (policy.model.dtype, dtype) == (torch.float32, torch.bfloat16)
+    assert policies[copy].model.dtype == torch.bfloat16
+
+
+def test_the_reference_is_put_aside_in_the_dtype_of_the_run(run_until, monkeypatch):
+    """fp32 takes twice the pinned memory."""
+    calls = []
+    monkeypatch.setattr(rl_rcgrpo, "offload_shards", stop_at(calls))
+
+    run_until(rl_rcgrpo, "--eval_every 0 --dtype bf16")
+
+    assert calls[0][1] == torch.bfloat16
+
+
+def test_without_a_kl_there_is_no_reference(run_until, monkeypatch):
+    """A forward over all packs would be made for nothing."""
+    calls = []
+    monkeypatch.setattr(rl_rcgrpo, "update_policy", stop_at(calls))
+
+    run_until(rl_rcgrpo, "--eval_every 0 --beta 0")
+
+    assert all(p.ref_logp is None for p in calls[0][2])
+
+
+@pytest.mark.parametrize("stage", [sft_rctp, rl_rcgrpo])
+def test_an_export_trains_nothing(monkeypatch, stage):
+    """A run would begin in the default folder."""
+    exported = []
+    monkeypatch.setattr(stage, "export_checkpoint", exported.append)
+    monkeypatch.setattr(stage, "init_distributed", None)  # must not be reached
+    monkeypatch.setattr(sys, "argv", ["x", "--export", "run"])
+
+    stage.main()
+
+    assert exported == ["run"]
+
+
+def test_one_process_exports(monkeypatch, tmp_path):
+    """The ranks of a torchrun would write and remove the same files."""
+    monkeypatch.setenv("RANK", "1")
+
+    assert sft_rctp.export_checkpoint(tmp_path) is None  # rank 0 would say that there is no checkpoint
+
+
+@pytest.mark.parametrize("stage", [sft_rctp, rl_rcgrpo])
+def test_validation_tasks_that_do_not_fit_are_left_out(run_until, monkeypatch, stage):
+    """They would count as failures."""
+    calls = []
+    monkeypatch.setattr(stage, "filter_overlong", lambda policy, tasks, *_: tasks[:1])
+    monkeypatch.setattr(stage, "validate", stop_at(calls))
+
+    run_until(stage, "--eval_every 1 --eval_limit 2")
+
+    assert len(calls[0][1]) == 1
+
+
+@pytest.mark.parametrize("arm, expected", [("sft", [None]), ("rctp", ["high", "low", None])])
+def test_stage_1_is_validated_under_the_tokens_of_its_arm(run_until, monkeypatch, arm, expected):
+    """Success under a token that the policy never saw says nothing."""
+    calls = []
+    monkeypatch.setattr(sft_rctp, "validate", stop_at(calls))
+
+    run_until(sft_rctp, f"--arm {arm} --eval_every 1")
+
+    assert calls[0][2] == expected
+
+
+def test_a_finished_run_has_its_curves(run_until, monkeypatch):
+    """Without checkpoints nothing else draws them."""
+    monkeypatch.setattr(sft_rctp, "plot_curves", stop_at([]))
+
+    run_until(sft_rctp, "--eval_every 0 --save_every 0")
 
 
 def test_stage_2_packs_for_its_memory(run_until, monkeypatch):
@@ -7039,6 +7275,35 @@ def test_a_step_logs_its_rewards(recorded, step):
     log = logged(recorded, "rl", step)
 
     assert {name: log[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_rollouts_without_a_reward_token_have_their_mean():
+    """Plain GRPO is watched under this name."""
+    rollouts = [dataclasses.replace(t, reward_token=None, reward=r) for t, r in zip(played(), (1.0, 0.5))]
+
+    metrics = rl_rcgrpo.group_metrics([rl_rcgrpo.Group(0, rollouts)], 0.5)
+
+    assert metrics["rc/reward_none"] == 0.75
+
+
+@pytest.mark.parametrize("told, warns", [(15, False), (16, True)])
+def test_data_whose_length_tells_the_label_are_warned_of(told, warns):
+    """The policy learns length; a warning at all data is not read."""
+    success = torch.tensor([True] * 10 + [False] * 10)
+    values = [2] * 10 + [1] * (told - 10) + [2] * (20 - told)  # a threshold tells `told` of 20
+
+    line = sft_rctp.threshold_line("calls", values, success)
+
+    assert f"tells {told / 20:.0%} of the labels" in line
+    assert line.startswith("WARNING") == warns
+
+
+def test_a_sampled_failure_is_counted_by_its_error():
+    """Without its kinds nobody sees that all failures are of one."""
+    t = dataclasses.replace(played()[0], reward=0.0, verdict={"error_type": "state"}, reason="done")
+
+    assert sft_rctp._kind(t) == "state"
+    assert sft_rctp._kind(dataclasses.replace(t, verdict={"error_type": None})) == "done"
 
 
 def test_group_metrics_are_shares_and_means():
