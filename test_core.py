@@ -45,7 +45,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from bfcl_eval.constants import default_prompts, enums
+from bfcl_eval.constants import default_prompts, enums, executable_backend_config
 from bfcl_eval.eval_checker.multi_turn_eval import (
     multi_turn_checker as checker,
     multi_turn_utils as executor
@@ -4956,10 +4956,42 @@ def test_withheld_functions_are_shown_in_short_docs(size, call_format):
             assert env.step("no").next_user == expected
 
 
+@pytest.mark.parametrize("category", bfcl_env.CATEGORIES)
+def test_tasks_are_the_packages(category):
+    """All other tests ask the loaded tasks what is right."""
+    rows = lines_of(PACKAGE / f"data/BFCL_v4_{category}.json")
+    folder = PACKAGE / "data/multi_turn_func_doc"
+    files = executable_backend_config.MULTI_TURN_FUNC_DOC_FILE_MAPPING
+
+    for row, task in zip(rows, bfcl_env.load_tasks([category]), strict=True):
+        assert task.id == row["id"]
+        assert task.turns == [turn[0]["content"] if turn else None for turn in row["question"]]
+        assert task.withheld == {int(turn): names for turn, names in row.get("missed_function", {}).items()}
+        docs = [lines_of(folder / files[name]) for name in row["involved_classes"]]
+        assert task.docs == sum(docs, [])
+
+
+def test_signatures_have_the_type_of_each_parameter():
+    """Shown as a text, a number is passed as one, and the call fails."""
+    names = {
+        "string": "str",
+        "integer": "int",
+        "boolean": "bool",
+        "array": "list",
+        "float": "float",
+        "dict": "dict",
+    }
+    for task in TASKS[::9]:
+        for doc in task.docs:
+            for name, spec in doc["parameters"]["properties"].items():
+                assert f"{name}: {names[spec['type']]}" in bfcl_env.signature(doc)
+
+
 @pytest.mark.parametrize("size", ["slim", "signature"])
 def test_short_docs_describe_each_function(size):
     """A model that sees the description of the class instead cannot choose a function."""
     docs = {doc["name"]: doc["description"] for doc in FILES_AND_MATHS.docs}
+    required = {doc["name"]: doc["parameters"]["required"] for doc in FILES_AND_MATHS.docs}
 
     [user] = BfclEnv(FILES_AND_MATHS, size, "json").messages()
 
@@ -4967,6 +4999,8 @@ def test_short_docs_describe_each_function(size):
         own = docs[tool["name"]].split("Tool description: ")[1]
         assert tool["description"]
         assert own.startswith(tool["description"])
+        assert tool["parameters"]["required"] == required[tool["name"]]
+        assert set(tool) == {"name", "description", "parameters"}  # none of the long "response"
 
 
 @each_call_format
@@ -5413,6 +5447,18 @@ def test_the_official_command_of_a_part(tmp_path, capsys, count):
     assert f"--result-dir '{tmp_path}/a b'" in output
 
 
+def test_the_official_command_names_all_categories(tmp_path, capsys):
+    """bfcl splits them at commas; one that is not whole needs --partial-eval for all."""
+    args = types.SimpleNamespace(official_out=tmp_path)
+
+    eval_bfcl.write_official(
+        args, "json", {"multi_turn_base": [{}] * 200, "multi_turn_long_context": [{}] * 2})
+
+    output = capsys.readouterr().out
+    assert "--test-category multi_turn_base,multi_turn_long_context " in output
+    assert "--partial-eval" in output
+
+
 def trained_arms():
     """Yield the metadata of every arm that the flags of both stages can make."""
     stage1 = itertools.product(("sft", "mixed", "rctp"), ("written", "sampled", "rollouts"))
@@ -5496,24 +5542,29 @@ def test_ranks_wait_before_the_rollouts_are_counted(distributed, monkeypatch, tm
 def test_trained_tasks_and_those_left_out_are_counted():
     """An accuracy on training tasks, or on the short ones alone, would be reported without a word."""
     stage_info = R.StageInfo(tasks=[TASKS[0].id, "x", "y"])
-    chat = types.SimpleNamespace(thinking="off")
+    chat = types.SimpleNamespace(thinking="on")
     policy = types.SimpleNamespace(name="m", stage_info=stage_info, chat=chat)
 
     row = eval_bfcl.describe_checkpoint(policy, {}, TASKS[:4], TASKS[:3])
 
     assert (row["trained_on"], row["tasks_left_out"]) == (1, 1)
+    assert row["thinking"] == "on"  # else --compare takes it for "off"
 
 
 def test_prompts_that_a_checkpoint_never_saw_are_named(distributed, capsys):
     """Under other tool docs a trained policy fails, and nobody knows why."""
-    stage_info = R.StageInfo(
-        stage="rctp", tool_docs="slim", protocol="official", stage1_reward_tokens=["high"])
+    known = dict(tool_docs="signature", protocol="official")
+    outputs = []
+    for changes in ({}, {"tool_docs": "slim"}, {"protocol": "paper"}):
+        stage_info = R.StageInfo(stage="rctp", stage1_reward_tokens=["high"], **{**known, **changes})
+        eval_bfcl.print_warnings(stage_info, given(reward_tokens=["high"]), distributed)
+        outputs.append(capsys.readouterr().out)
 
-    eval_bfcl.print_warnings(stage_info, given(reward_tokens=["high"]), distributed)
-
-    output = capsys.readouterr().out
-    assert "trained with --tool_docs slim" in output
-    assert "--protocol" not in output
+    assert outputs == [
+        "",
+        "warning: this checkpoint was trained with --tool_docs slim\n",
+        "warning: this checkpoint was trained with --protocol paper\n",
+    ]
 
 
 def test_the_budget_of_a_checkpoint_is_saved(pipeline):
@@ -5823,6 +5874,7 @@ MISTAKES = {
     "eval_bfcl.py --ckpt {out}/sft/model --call_format json --out {old}/json": "give --call_format python",
     "eval_bfcl.py --ckpt {out}/sft/model --thinking on --out {old}/thinking": "omit --thinking",
     "eval_bfcl.py --ckpt tiny --show multi_turn_base_3": "give one of --ckpt",
+    "eval_bfcl.py --show multi_turn_base_139 --out {out}/rl": "holds no 0.tokenizer.json",
     "sft_rctp.py --rollouts /nonexistent": "there is no such file",
     "eval_bfcl.py --show multi_turn_base_3 --out {out}/eval": "has no rollout of multi_turn_base_3",
 }
@@ -6528,6 +6580,48 @@ def test_validations_come_every_so_many_steps(resumed, stage):
 
     validated = [any("eval/" in name for name in line) for line in log]
     assert validated == [False, True, False, True]
+
+
+@pytest.fixture
+def evaluate_here(evaluate, distributed, monkeypatch, tmp_path):
+    """A function that evaluates `tiny` in this process and returns the content of eval.json."""
+    def run(flags):
+        evaluate("--ckpt", "tiny", *flags.split(), "--max_new_tokens", 5, "--out", tmp_path / "eval")
+        return json.loads((tmp_path / "eval/eval.json").read_text())
+
+    monkeypatch.setattr(eval_bfcl, "init_distributed", lambda: distributed)
+    monkeypatch.setattr(eval_bfcl.dist, "destroy_process_group", lambda: None)  # other tests need it
+    return run
+
+
+def test_an_evaluation_leaves_out_tasks_whose_prompt_does_not_fit(evaluate_here, monkeypatch):
+    """They could only fail, and would count."""
+    monkeypatch.setattr(eval_bfcl, "filter_overlong", lambda policy, tasks, *_: tasks[:1])
+
+    found = evaluate_here(PAIR)
+
+    assert found["overall"]["n"] == 1
+    assert [row["tasks_left_out"] for row in found["table"]] == [1]
+
+
+def test_an_arm_is_compared_by_all_its_samples(evaluate_here, monkeypatch):
+    """--compare would take the last sample of each task."""
+    rollouts = [one_rollout("multi_turn_base_0", reward) for reward in (1.0, 0.0)]
+    monkeypatch.setattr(eval_bfcl, "roll_out_tasks", lambda *_: rollouts)
+
+    [row] = evaluate_here("--tasks multi_turn_base_0 --samples 2")["table"]
+
+    assert row["correct"]["high"] == {"multi_turn_base_0": 0.5}
+
+
+@pytest.mark.parametrize("mode, folder", [("--ckpt tiny", "runs/eval"), ("--compare a b", "runs/compare")])
+def test_the_default_folder_of_an_evaluation(monkeypatch, mode, folder):
+    """The commands of the README would not find it."""
+    monkeypatch.setattr(sys, "argv", ["eval_bfcl.py", *mode.split()])
+
+    _, args = eval_bfcl.parse_args()
+
+    assert str(args.out) == folder
 
 
 @pytest.mark.parametrize("mode, split", [("--ckpt tiny", "test"), ("--score x", "all")])
@@ -7431,7 +7525,7 @@ def continued(pipeline, tmp_path_factory):
     command = f"{pipeline.evaluation} {folder}"
 
     commands = (f"{command}/eval --kv_gb 2", f"{command}/eval --dtype bf16", f"{command}/other",
-                f"{command}/eval --seed 1", f"{command}/eval --samples 3")
+                f"{command}/eval --seed 1", f"{command}/eval --samples 3", f"{command}/eval --thinking on")
     results = results_of(start_commands(*commands))
     return types.SimpleNamespace(folder=folder / "eval", results=results)
 
@@ -7465,6 +7559,7 @@ def test_a_continued_evaluation_repeats_no_rollout(continued, pipeline, checkpoi
     (2, "holds another run (checkpoint 0: {'sha256': '0"),
     (3, "holds another run (seed: 0 there, 1 here)"),
     (4, "holds another run (samples: 2 there, 3 here)"),
+    (5, "holds another run (thinking: None there, 'on' here)"),
 ])
 def test_an_evaluation_is_not_continued_with_others(continued, number, words):
     """Rollouts under other flags or of other weights would be counted together."""
@@ -7830,6 +7925,27 @@ def test_results_of_two_models_are_refused(evaluate, tmp_path):
         evaluate("--score", tmp_path)
 
 
+def test_two_results_of_a_category_are_refused(evaluate, tmp_path):
+    """An older run and a newer one would be one score."""
+    folder = tmp_path / "Qwen_Qwen3-8B"
+    write_result(folder / BASE)
+    write_result(folder / "multi_turn" / BASE, name="multi_turn_base_1")
+
+    with pytest.raises(BfclError, match="several models"):
+        evaluate("--score", folder)
+
+
+def test_a_result_with_a_line_separator_is_one_line(evaluate, known_families, tmp_path):
+    """bfcl writes such characters as they are, and Python takes some of them for the end of a line."""
+    row = {"id": "multi_turn_base_0", "result": [["a\u2028b"]] * len(TASKS[0].turns)}
+    folder = tmp_path / "Qwen_Qwen3-8B"
+    sft_rctp.atomic_write(folder / BASE, json.dumps(row, ensure_ascii=False) + "\n")
+
+    found = last_json(evaluate("--score", folder).out)
+
+    assert (found["overall"]["n"], found["malformed"]) == (1, 0)
+
+
 ROWS = [{"id": f"multi_turn_base_{i}", "result": []} for i in range(3)]
 
 
@@ -7953,6 +8069,17 @@ def test_a_result_gets_the_live_verdict():
         assert judge(task, eval_bfcl.turns_of(result, env.call_format)) == env.verdict()
 
 
+def test_a_result_line_has_all_turns():
+    """The official evaluator finds no answers, or those of other turns."""
+    found, policy = played_conversations()
+    for task, t, _, env in found:
+        result = eval_bfcl.result_of(t, task, policy.tokenizer, env.call_format)
+
+        rows = eval_bfcl.official_rows([task], [t], policy.tokenizer, env.call_format)
+
+        assert rows == {task.category: [{"id": task.id, "result": result}]}
+
+
 def test_each_category_has_its_result_file():
     """The official evaluator looks for a task in the file of its category alone."""
     found, policy = played_conversations()
@@ -7982,7 +8109,8 @@ def test_a_transcript_is_shown_with_the_gold_calls(evaluate, tmp_path, right):
     out, _ = evaluate("--show", t.task, "--out", tmp_path)
 
     assert task.turns[0][-300:] in out
-    assert f"gold, turn 0: {'; '.join(task.gold[0])}" in out
+    for turn, calls in enumerate(task.gold):
+        assert f"gold, turn {turn}: {'; '.join(calls) or 'no call'}\n" in out
 
 
 @only_in_full
@@ -8172,6 +8300,29 @@ def test_an_interval_holds_95_percent():
     assert eval_bfcl.interval(draws, BASE_REWARDS) == pytest.approx([0.304, 0.696], abs=0.003)
 
 
+def test_an_accuracy_is_printed_with_both_ends():
+    """An interval without its upper end looks certain."""
+    assert eval_bfcl.percent({"accuracy": 0.5, "interval": [0.25, 0.75]}) == " 50.0 [25, 75]"
+
+
+def test_an_interval_is_over_all_samples(known_families):
+    """The last sample of each task alone has a wider interval, around another mean."""
+    tasks = [f"multi_turn_base_{i}" for i in range(6)]
+    rollouts = [one_rollout(name, reward) for reward in (1.0, 0.0) for name in tasks]
+
+    low, high = eval_bfcl.figures(rollouts)["interval"]
+
+    assert low < 0.5 < high
+    assert low + high == pytest.approx(1)
+
+
+def test_a_draw_is_a_mean(known_families):
+    """Families differ in size: a draw has more or fewer tasks than there are."""
+    draws = eval_bfcl.bootstrap([[dict.fromkeys(ALL_REWARDS, 1.0)]])
+
+    assert np.allclose(draws, 1)
+
+
 def test_an_interval_is_the_same_again(known_families):
     """Two reports of the same runs would differ."""
     draws, again = (eval_bfcl.bootstrap([[BASE_REWARDS]]) for _ in range(2))
@@ -8238,11 +8389,25 @@ def test_the_printed_difference_has_its_sign(comparison, tmp_path, capsys):
 
     eval_bfcl.compare(types.SimpleNamespace(compare=folders, out=tmp_path / "out"))
 
-    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("primary |")]
+    lines = capsys.readouterr().out.splitlines()
+    arms = [line.split("|")[-2:] for line in lines if line.startswith(("arm ", "RCTP-FT"))]
+    assert [[cell.strip() for cell in row] for row in arms] == [["seeds", "rollouts"], ["1", "[640]"], ["1", "[640]"]]
+    [line] = [line for line in lines if line.startswith("primary |")]
     _, difference, detectable, arm, other = [cell.strip() for cell in line.split("|")]
     assert 10 < float(difference.split()[0]) < 50
     assert 1 < float(detectable) < 50  # in percent, too
     assert (arm, other) == ("RCTP-FT + RC-GRPO, high", "RCTP-FT + GRPO (high token), high")
+
+
+def test_each_arm_has_its_own_interval(comparison):
+    """The better arm would have the interval of the worse one."""
+    folders = [comparison.evaluation("high0", "high", 0.1), comparison.evaluation("mixed0", "mixed", 0.9)]
+
+    result, _ = eval_bfcl.compared(folders)
+
+    for arm in result["table"]:
+        low, high = arm["interval"]
+        assert low <= arm["accuracy"] <= high
 
 
 def test_a_log_without_rewards_is_compared(comparison):
