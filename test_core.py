@@ -472,6 +472,8 @@ def test_a_conversion_keeps_weights_and_splits_digits(tmp_path, monkeypatch):
     pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a12")
     assert torch.equal(weights["model.embed_tokens.weight"], expected)
     assert [piece for piece, _ in pieces] == ["a", "1", "2"]
+    monkeypatch.setattr(R.AutoModelForCausalLM, "from_pretrained", None)  # a second conversion
+    assert R.smollm2_dir().is_dir()
 
 
 def test_an_interrupted_conversion_leaves_no_model(tmp_path, monkeypatch):
@@ -760,7 +762,11 @@ def test_each_part_of_the_date_is_fixed(form, date):
 
 
 @pytest.mark.parametrize("thinking", [None, "off", "on"])
-@pytest.mark.parametrize("template", [QWEN_TEMPLATE, WRITES_THOUGHTS], ids=["qwen", "writes thoughts"])
+@pytest.mark.parametrize("template", [
+    QWEN_TEMPLATE,
+    WRITES_THOUGHTS,
+    WRITES_THOUGHTS.replace("enable_thinking", "thinking"),  # as in DeepSeek-V3.1
+], ids=["qwen", "writes thoughts", "other name"])
 def test_every_message_starts_with_the_same_thought(template, thinking):
     """An empty thought that stage 1's targets lack, or that only some messages have, is another prompt."""
     policy = templated(template, CONTROL["json"], thinking)
@@ -849,6 +855,11 @@ def load_architecture(config, dtype=torch.float32, **changes):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(config, **changes), dtype=dtype)
     return make_policy("other", model, R.tiny_tokenizer())
+
+
+def test_a_window_of_all_layers_bounds_the_conversation():
+    """Beyond it the log-probs would be wrong; the check at loading is too short to see that."""
+    assert load_architecture(Phi3Config, sliding_window=400, pad_token_id=0).max_len == 400
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
@@ -1080,11 +1091,12 @@ def test_longrope_bounds_the_conversation():
     assert policy.max_len == 64
 
 
-def test_a_model_that_differs_from_its_own_forward_is_refused():
-    """The check at loading must see a norm that is off by a tenth."""
+@pytest.mark.parametrize("factor", [1.1, 1.003])
+def test_a_model_that_differs_from_its_own_forward_is_refused(factor):
+    """The check at loading must see a norm that is off by a tenth, and in fp32 far less."""
     reference = R.plain_logprobs(tiny_policy())
     other = tiny_policy()
-    other.model.model.norm.weight.data *= 1.1
+    other.model.model.norm.weight.data *= factor
 
     with pytest.raises(ValueError, match="log-probs of its prefill are off by"):
         R.check_layouts(other, *reference)
@@ -1414,6 +1426,61 @@ def assert_same(trajectories, expected):
         assert np.allclose(t.logprobs, u.logprobs, atol=1e-5)
 
 
+def test_gradients_of_logits_have_the_dtype_of_their_factors():
+    """On a GPU a product of fp32 with bf16 is an error: no training would begin."""
+    hidden = torch.randn(8, 256).bfloat16()  # [M, hidden]
+    head = torch.randn(500, 256).bfloat16()  # [V, hidden]
+    context = types.SimpleNamespace(saved_tensors=(hidden, head))
+
+    gradients = R._LMHeadMatmul.backward(context, torch.randn(8, 500))
+
+    assert [gradient.dtype for gradient in gradients] == [torch.bfloat16] * 2
+
+
+def test_each_query_head_has_its_key_head_on_a_gpu():
+    """In fp32 there, key heads are repeated; in another order every model with grouped heads is refused."""
+    q = torch.randn(1, 4, 5, 8)  # [1, heads, S, D]
+    k, v = torch.randn(2, 1, 2, 5, 8)  # [1, K, S, D] each
+
+    found = R.attention(q.as_subclass(OnGpu), k, v, 0.5)
+
+    assert torch.allclose(found, R.attention(q, k, v, 0.5), atol=1e-6)
+
+
+def test_the_head_is_not_copied_on_a_gpu():
+    """An fp32 copy is 2.2 GB of a 7B model, once per sampler and per pack."""
+    head = torch.randn(5, 4).bfloat16().as_subclass(OnGpu)
+    model = types.SimpleNamespace(get_output_embeddings=lambda: types.SimpleNamespace(weight=head))
+
+    assert R.lm_head_weight(model) is head
+
+
+def test_a_loaded_model_is_on_its_device(monkeypatch):
+    """On a GPU machine an evaluation would run on the CPU without a word."""
+    monkeypatch.setattr(R, "make_policy", lambda name, model, *args, **flags: model)
+
+    assert load_policy("tiny", torch.float32, "meta").device.type == "meta"
+
+
+def test_tensors_are_on_the_device_of_the_model(monkeypatch):
+    """One that stays on the CPU ends the first step on a GPU."""
+    monkeypatch.setitem(R.DECODE_STEPS_PER_SYNC, "meta", 1)
+    policy = load_policy("tiny", torch.float32, "meta", weights=False)
+    sampler = R.Sampler(policy)
+    sampler.add_requests([ToyEnv("a"), ToyEnv("b")], ["high", None], [(0, 0), (0, 1)])
+    with torch.inference_mode():
+        sampler.admit()
+        sampler.prefill()
+        tensors, sizes = sampler._decode_state(1)
+        sampler._decode_step(**sizes, **tensors)
+    packs = R.pack(played(), device="meta")
+
+    found = [policy.banned, *tensors.values()]
+    found += [x for p in packs for x in vars(p).values() if isinstance(x, torch.Tensor)]
+    assert {x.device.type for x in found} == {"meta"}
+    assert policy.device.type == "meta"
+
+
 @pytest.mark.parametrize("weights", [True, False])
 def test_an_end_that_only_generation_names_ends_messages(tmp_path, weights):
     """Qwen2.5 has such an end. Stage 2 samples with a copy that is loaded without weights."""
@@ -1424,6 +1491,18 @@ def test_an_end_that_only_generation_names_ends_messages(tmp_path, weights):
     policy = load_policy(str(tmp_path), torch.float32, weights=weights)
 
     assert policy.chat.stop_ids == {256, 258}
+
+
+def test_other_ids_of_the_reward_tokens_are_refused(pipeline, tmp_path):
+    """"High" would be a row of the embedding that was never trained, or low's."""
+    shutil.copytree(pipeline.out / "sft/model", tmp_path / "model")
+    path = tmp_path / "model/rcgrpo.json"
+    stage_info = json.loads(path.read_text())
+    high, low = stage_info["reward_ids"].values()
+    sft_rctp.atomic_write(path, {**stage_info, "reward_ids": {"high": low, "low": high}})
+
+    with pytest.raises(BfclError, match="another tokenizer"):
+        load_policy(str(tmp_path / "model"), torch.float32)
 
 
 def test_a_prompt_keeps_the_date_of_its_training(pipeline, monkeypatch):
@@ -1463,6 +1542,64 @@ def test_only_some_logits_are_there_at_a_time(monkeypatch):
     R.token_logprobs(policy.model, *R.pack([t]), policy.banned)
 
     assert max(sizes) <= 512
+
+
+def test_a_sampled_transcript_is_printed(monkeypatch, capsys):
+    """The first command that the file names would show nothing."""
+    t = dataclasses.replace(played()[0], steps=3, calls=7, reward=0.5)
+    monkeypatch.setattr(R, "rollout", lambda *_, **__: [t])
+    monkeypatch.setattr(sys, "argv", "rollout.py --model tiny".split())
+
+    R.main()
+
+    assert f"| {t.reason} | 3 messages, 7 calls | reward 0.5 |" in capsys.readouterr().out
+
+
+def test_a_prompt_leaves_room_for_a_token():
+    """With no token left the rollout would end before it begins."""
+    tasks = [types.SimpleNamespace(id="c")]
+    policy = tiny_policy()
+    length = len(policy.chat.render_prompt(ToyEnv("c").messages(), "high"))
+
+    assert R.filter_overlong(policy, tasks, lambda task: ToyEnv(task.id), length + 2) == tasks
+    with pytest.raises(BfclError, match="no task's prompt fits"):
+        R.filter_overlong(policy, tasks, lambda task: ToyEnv(task.id), length + 1)
+
+
+def test_entropies_have_no_gradient():
+    """Its graph would be kept for nothing."""
+    policy = tiny_policy()
+
+    _, entropies = R.token_logprobs(policy.model, R.pack(played())[0], policy.banned, entropy=True)
+
+    assert not entropies.requires_grad
+
+
+def test_the_number_0_draws_no_banned_id():
+    """The first id has a CDF of 0, which 0 does not exceed."""
+    ids, _ = R.sample_token(torch.tensor([[-torch.inf, 0.0, 0.0]]), torch.zeros(1))
+
+    assert ids.tolist() == [1]
+
+
+def test_a_policy_does_not_drop_out():
+    """A model whose config has dropout would sample at random within its layers."""
+    for weights in (True, False):
+        assert not load_policy("tiny", weights=weights).model.training
+
+
+def test_closed_output_ends_no_run():
+    """A command with a closed stdout would end in its first line."""
+    assert R.Output(None).write("x") == 1
+
+
+def test_memory_is_allocated_in_segments_that_grow():
+    """Rollouts and updates of one run would fragment the memory of a GPU."""
+    code = "import os, rollout; print(os.environ['PYTORCH_ALLOC_CONF'])"
+
+    [output] = succeed(start("", ("-c", code)))
+
+    assert output.split()[-1] == "expandable_segments:True"
 
 
 def test_no_prompt_that_fits_is_an_error():
@@ -1523,15 +1660,97 @@ def prefill_sizes(monkeypatch):
     return sizes
 
 
+def test_a_row_waits_for_the_block_of_one_that_has_ended():
+    """With room for one conversation alone, rollouts would be lost at the first other prompt."""
+    # One slot of 894 tokens and one block of 256, of 512 bytes per token.
+    rollouts = play(tiny_policy(), max_len=1000, max_new_tokens=5, kv_gb=1200 * 512 / 2**30)
+
+    assert all(rollouts)
+
+
+def test_a_cache_in_bf16_is_used_in_full():
+    """Half of the rows would run at once."""
+    sampler = R.Sampler(load_policy("tiny", torch.bfloat16), kv_gb=0.003, max_len=1000)
+    sampler.add_requests([ToyEnv("a") for _ in range(40)], ["high"] * 40, [(0, i) for i in range(40)])
+
+    used = sampler.row_kv.nbytes + sampler.prefix_kv.nbytes
+    assert 0.7 < used / (0.003 * 2**30) <= 1
+
+
+def test_both_reward_tokens_share_the_prompt_before_them():
+    """A group of both would be kept, and read in each step, twice."""
+    sampler = R.Sampler(tiny_policy())
+
+    sampler.add_requests([ToyEnv("a"), ToyEnv("a")], ["high", "low"], [(0, 0), (0, 1)])
+
+    high, low = sampler.waiting
+    assert high.prefix is low.prefix
+
+
+def test_the_constants_of_the_sampler():
+    """Larger ones need more memory than the plan says; smaller ones are slow."""
+    assert R.Sampler(tiny_policy()).kv_gb == 4
+    assert R.PREFILL_TOKENS == 16_384
+    assert R.DECODE_STEPS_PER_SYNC == {"cpu": 1, "cuda": 8}
+
+
+def test_an_environment_needs_no_more_than_its_methods():
+    """The README names three; an attribute more would end the first rollout."""
+    toy = ToyEnv("a", 1)
+    env = types.SimpleNamespace(messages=toy.messages, step=toy.step, verdict=toy.verdict)
+
+    [t] = rollout(tiny_policy(), [env], ["high"])
+
+    assert t.task == "0"
+
+
+class SilentEnv(ToyEnv):
+    """It ends without a reason."""
+
+    def step(self, text):
+        return dataclasses.replace(super().step(text), reason=None)
+
+
+def test_a_conversation_that_ended_is_over():
+    """The policy would be sampled on, and the environment stepped after its end."""
+    count = 12
+    rollouts = rollout(
+        tiny_policy(), [SilentEnv(f"a{i}", 1) for i in range(count)], ["high"] * count, max_new_tokens=60)
+
+    ended = [t for t in rollouts if t.steps]
+    assert ended
+    assert {(t.reason, t.steps) for t in ended} == {("done", 1)}
+
+
+def test_the_progress_of_rollouts_is_shown(capsys):
+    """A rollout of hours is taken for one that hangs."""
+    rollout(tiny_policy(), [ToyEnv("a", 1)], ["high"], max_new_tokens=5, progress="title")
+    shown = capsys.readouterr().err
+    rollout(tiny_policy(), [ToyEnv("a", 1)], ["high"], max_new_tokens=5)
+
+    assert "title" in shown
+    assert "1/1" in shown
+    assert not capsys.readouterr().err
+
+
+def test_results_are_in_the_order_of_their_calls():
+    """Each would stand under another call."""
+    step = bfcl_env.StepResult(["one", "two"], "next", False, None)
+
+    messages = R.answer_messages(step)
+
+    assert messages == [message("tool", "one"), message("tool", "two"), message("user", "next")]
+
+
 def test_the_shared_start_of_other_prompts_is_not_computed_again(prefill_sizes):
     """The tool docs are the longest part of a prompt, and the same in most tasks."""
     policy = tiny_policy()
     prefill_sizes.clear()  # of the check after loading
 
-    rollout(policy, [ToyEnv("a0"), ToyEnv("a1")], ["high"] * 2, max_new_tokens=2)
+    rollout(policy, [ToyEnv(name) for name in ("b0", "a0", "a1")], ["high"] * 3, max_new_tokens=2)
 
-    first, second, *_ = prefill_sizes
-    assert second < first / 2
+    _, second, third, *_ = prefill_sizes
+    assert third < second / 2
 
 
 def test_a_rollout_alone_is_the_same(reference, prefill_sizes):
@@ -3228,6 +3447,15 @@ def test_advantages_and_sampled_logprobs_follow_their_rollout(weighted):
             expected = torch.tensor(i % 2 * 2.0 - 1)
             assert torch.allclose(p.advantage[mine], expected, atol=1e-5)
             assert p.sampled_logp[mine].tolist() == pytest.approx(sampled_values(t, t.logprobs))
+
+
+def test_trajectories_in_any_order_share_their_prompts():
+    """Stage 1's data are shuffled: the same prompt would be computed again for each trajectory."""
+    shuffled = [t for i in range(4) for t in played()[i::4]]
+
+    sizes = [sum(len(p.ids) for p in R.pack(some)) for some in (shuffled, played())]
+
+    assert sizes[0] == sizes[1]
 
 
 def test_advantages_within_a_reward_token_have_its_rollouts():
@@ -8390,8 +8618,9 @@ def test_the_printed_difference_has_its_sign(comparison, tmp_path, capsys):
     eval_bfcl.compare(types.SimpleNamespace(compare=folders, out=tmp_path / "out"))
 
     lines = capsys.readouterr().out.splitlines()
-    arms = [line.split("|")[-2:] for line in lines if line.startswith(("arm ", "RCTP-FT"))]
-    assert [[cell.strip() for cell in row] for row in arms] == [["seeds", "rollouts"], ["1", "[640]"], ["1", "[640]"]]
+    heads, *arms = [line.split("|")[-2:] for line in lines if line.startswith(("arm ", "RCTP-FT"))]
+    assert [name.strip() for name in heads] == ["seeds", "rollouts"]
+    assert [[cell.strip() for cell in arm] for arm in arms] == [["1", "[640]"]] * 2
     [line] = [line for line in lines if line.startswith("primary |")]
     _, difference, detectable, arm, other = [cell.strip() for cell in line.split("|")]
     assert 10 < float(difference.split()[0]) < 50
