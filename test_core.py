@@ -7104,13 +7104,13 @@ def test_stage_2_leaves_out_tasks_whose_prompt_does_not_fit(run_until, monkeypat
 
 
 def test_stage_1_takes_a_batch_of_one_trajectory(run_until, monkeypatch):
-    """An update has at least one pair, or the number of steps is divided by zero."""
+    """An update of half a pair would be empty."""
     calls = []
-    monkeypatch.setattr(sft_rctp, "TrainLoop", stop_at(calls))
+    monkeypatch.setattr(sft_rctp, "optimizer_step", stop_at(calls))
 
     run_until(sft_rctp, "--eval_every 0 --batch_size 1")
 
-    assert calls[0][4] == 1  # step
+    assert sum(len(p.targets) for p in calls[0][2])
 
 
 # Runs the first and the last step of a stage, keeps the rollouts of both, and leaves a file `locked` in a run
