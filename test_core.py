@@ -9381,6 +9381,14 @@ def test_a_rate_is_chosen_when_the_tuning_is_complete(monkeypatch, values, rate)
         assert regimes.best_rate(arm) == rate
 
 
+def test_the_worlds_have_a_gate_before_their_test(tmp_path, monkeypatch):
+    """A traceback does not tell which command comes first."""
+    monkeypatch.setattr(regimes, "HERE", tmp_path)
+
+    with pytest.raises(SystemExit, match="world B has not passed its gate yet"):
+        regimes.hot_temperature()
+
+
 @pytest.fixture
 def regimes_without_training(tmp_path, monkeypatch):
     """`regimes` in an empty folder, where a job is finished at once, in a thread."""

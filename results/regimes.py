@@ -627,6 +627,8 @@ def gate():
 def rescued(name) -> dict[str, float]:
     """Return the share of rescued groups per kind of the other half: the mean over the seeds of the gate."""
     columns = [line["rescued"] for line in gate() if line["world"] == name]
+    if not columns:
+        raise SystemExit(f"world {name} has not passed its gate yet: python results/regimes.py gate")
     return {kind: float(np.mean([column[kind] for column in columns])) for kind in columns[0]}
 
 
@@ -806,7 +808,8 @@ def table(runs, arms):
     """Return the finished arms as a table in Markdown."""
     starts = {(arm.world, arm.row): arm.name for arm in arms if arm.flags is None}
     lines = [
-        "| world | arm | seeds | lr | success | gain, median | minus always high, median | zero-std groups | low | gap |",
+        "| world | arm | seeds | lr | success | gain, median | minus always high, median | zero-std groups | "
+        "low | gap |",
         "|" + "---|" * 10,
     ]
     for arm in arms:
