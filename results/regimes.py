@@ -42,7 +42,7 @@ How the base was chosen, on validation tasks and seed 100:
         .45             .99          .3           .08          .15         chosen
 
     With the habit after " !" alone, and random mistakes elsewhere, high does .49 and .84 of single unseen
-    requests. On the gate's seeds the chosen base has .16 and .15, .21 and .17: there low is not ahead of high.
+    requests. On the gate's seeds this base has .16 and .15, .21 and .17: low is not ahead of high there.
     With `double` in the place of `close ... into`, tried afterwards, it is .09 and .15, and with the shares
     .6, .99, .2 .12 and .11: no better.
 
