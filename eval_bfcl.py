@@ -4,7 +4,7 @@
     python eval_bfcl.py --ckpt DIR --split all --tool_docs full --temperature 0 --official_out runs/official
     python eval_bfcl.py --score results/Qwen_Qwen3-0.6B-FC                # official result files, no model
     python eval_bfcl.py --compare runs/eval_a runs/eval_b                 # --out folders of evaluations
-    python eval_bfcl.py --show multi_turn_base_3 --out runs/eval          # a transcript, then the gold calls
+    python eval_bfcl.py --show best --out runs/eval                       # a transcript, then the gold calls
 
 Every task is rolled out --samples times under each reward token. Accuracy is the mean reward, with a 95 %
 interval that is bootstrapped over families, since the variants of an id are related.
@@ -289,12 +289,13 @@ def summarize(trajectories: list[Trajectory], title):
     for name, metrics in {**categories, "overall": overall}.items():
         lines.append([name,
                       percent(metrics),
+                      "-" if metrics["progress"] is None else f"{100 * metrics['progress']:.1f}",
                       metrics["n"],
                       f"{metrics['calls']:.1f}",
                       f"{metrics['tokens']:.1f}" if metrics["tokens"] else "-",
                       metrics["errors"]])
     print(f"\n{title}")
-    print_columns(["category", "accuracy %", "n", "calls", "tokens", "errors"], lines)
+    print_columns(["category", "accuracy %", "progress %", "n", "calls", "tokens", "errors"], lines)
     print(f"ended by: {overall['reasons']}")
     return {"overall": overall, "categories": categories}
 
@@ -308,7 +309,9 @@ def figures(trajectories: list[Trajectory]):
             errors[error.split(":")[-1]] += 1  # the prefix "multi_turn:" is dropped
     reasons = Counter(t.reason for t in trajectories)
     rewards = mean_reward(trajectories, lambda t: t.task)
+    progress = [t.verdict.get("progress") for t in trajectories]  # shares of turns that passed
     return {"accuracy": mean(t.reward for t in trajectories),
+            "progress": None if None in progress else mean(progress),  # None: the paper's protocol has none
             "n": len(trajectories),
             "interval": interval(bootstrap([[rewards]]), rewards),
             "errors": dict(errors.most_common()),
@@ -490,7 +493,7 @@ def judge_result(task, result, step_format) -> Trajectory:
         verdict = vars(judge(task, turns))
     else:  # a string: the handler's report of an exception
         turns = []
-        verdict = {"valid": False, "error_type": "multi_turn:inference_error"}
+        verdict = {"valid": False, "error_type": "multi_turn:inference_error", "progress": 0.0}
     steps = sum(turns, [])
     return Trajectory(task=task.id,
                       reward_token=None,
@@ -876,15 +879,23 @@ def plot(path, table, arms):
 
 # ---- One transcript ----------------------------------------------------------------------------------------
 def show(args):
-    """Print one transcript of an evaluation, then the gold calls of its task."""
+    """Print one transcript of an evaluation's last checkpoint, then the gold calls of its task."""
     [same] = read_json(args.out, "config.json", "same")
     read_json(args.out, "0.tokenizer.json")  # refuse a training run's folder, which has no such file
     index = same["checkpoints"] - 1  # the last checkpoint
-    reward_token = same["reward_tokens"][0]
-    t = finished(args.out, f"{index}_{reward_token}").get((args.show, 0))
-    if not t:
-        raise BfclError(f"{args.out} has no rollout of {args.show} with the {reward_token} token: it is not "
-                        "among its tasks, too long, or not done yet")
+    rollouts = []
+    for reward_token in same["reward_tokens"]:
+        rollouts += finished(args.out, f"{index}_{reward_token}").values()
+    if args.show not in ("best", "worst"):
+        rollouts = [t for t in rollouts if t.task == args.show]
+    if not rollouts:
+        raise BfclError(f"{args.out} has no rollout of {args.show}: it is not among its tasks, too long, or "
+                        "not done yet")
+
+    def quality(t):
+        return t.reward, t.verdict.get("progress") or 0
+
+    t = min(rollouts, key=quality) if args.show == "worst" else max(rollouts, key=quality)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(args.out / f"{index}.tokenizer.json"))
     print(transcript(t, tokenizer))
     [task] = [task for task in bfcl_env.load_tasks() if task.id == t.task]
@@ -908,7 +919,8 @@ def parse_args():
     add("--compare", nargs="+", metavar="RUN",
         help="--out folders of evaluations; different weights of the same arm count as its seeds")
     add("--show", metavar="ID",
-        help="print the first transcript of this task from --out, of the last checkpoint")
+        help="print the best transcript of this task from --out, of the last checkpoint; best or worst: of "
+        "all tasks")
     add("--reward_tokens", default="high",
         help="comma-separated list of high, low, none: the reward tokens to evaluate with; none: without one "
         "(default: %(default)s)")

@@ -588,7 +588,12 @@ def check_flags(args):
         if given not in (trained, "auto"):
             raise BfclError(f"stage 1 was trained with --{name} {trained}, this run has {given}: give "
                             f"--{name} {trained}")
-    validation_tasks(args, {*stage_info.tasks, *(task.id for task in bfcl_env.select_tasks(args))})
+    tasks = {task.id for task in bfcl_env.select_tasks(args)}
+    new = tasks - set(stage_info.tasks)
+    if new:
+        print(f"warning: stage 1 did not train on {len(new)} of these {len(tasks)} tasks: give the same "
+              "--categories, --tasks and --max_tasks, if that is not meant")
+    validation_tasks(args, tasks | set(stage_info.tasks))
 
 
 if __name__ == "__main__":

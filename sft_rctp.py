@@ -1015,7 +1015,8 @@ class TrainLoop:
         self.stop_requested = True
         if self.distributed.is_main:
             with contextlib.suppress(OSError):  # NOTE: not `print`, which may be running when a signal comes
-                os.write(2, b"stopping after this step, with a checkpoint\n")
+                os.write(2, b"stopping after this step, with a checkpoint; torchrun kills this process after "
+                            b"its --shutdown_timeout, by default 30 s\n")
 
     def steps(self):
         """Yield the remaining steps; the caller runs each, and a checkpoint follows when one is due.
@@ -1165,7 +1166,9 @@ def validation_tasks(args, trained: set[str] = frozenset()):
 def validate(policy, tasks, reward_tokens, make_env, args, distributed):
     """Return the mean reward per reward token, over one sampled rollout per task and reward token.
 
-    The rollouts are divided among the ranks. `policy` is a full copy."""
+    So that a policy that never succeeds shows what it learns, also the mean share of turns that passed, but
+    not under the paper's protocol, which judges none. The rollouts are divided among the ranks. `policy` is a
+    full copy."""
     jobs = list(product(tasks, reward_tokens))[distributed.rank::distributed.size]  # those of this rank
     sampled = rollout(
         policy,
@@ -1174,7 +1177,13 @@ def validate(policy, tasks, reward_tokens, make_env, args, distributed):
         [(args.seed, 0, task.id, 0, 0) for task, _ in jobs],
         progress="validation" if distributed.is_main else None,
         **sampling(args))
-    return mean_reward(distributed.gather(sampled), lambda t: f"eval/reward_{t.reward_token or 'none'}")
+    trajectories = distributed.gather(sampled)
+    metrics = mean_reward(trajectories, lambda t: f"eval/reward_{t.reward_token or 'none'}")
+    if args.protocol == "official":
+        for reward_token in reward_tokens:
+            progress = [t.verdict["progress"] for t in trajectories if t.reward_token == reward_token]
+            metrics[f"eval/progress_{reward_token or 'none'}"] = sum(progress) / len(progress)
+    return metrics
 
 
 # ---- The run directory -------------------------------------------------------------------------------------
@@ -1189,6 +1198,7 @@ CONSOLE_METRICS = (
     "frac_reward_zero_std", "rc/var_within_tokens", "rc/var_between_tokens",
     "kl", "entropy", "grad_norm",
     "eval/reward_high", "eval/reward_low", "eval/reward_none",
+    "eval/progress_high", "eval/progress_low", "eval/progress_none",
     "step_time")
 
 
@@ -1366,7 +1376,7 @@ class MetricsLogger:
     def log(self, step, total, metrics):
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        values = [f"{name.split('/')[-1]} {metrics[name]:.4g}" for name in CONSOLE_METRICS if name in metrics]
+        values = [f"{name.removeprefix('rc/')} {metrics[name]:.4g}" for name in CONSOLE_METRICS if name in metrics]
         tqdm.write(f"step {step}/{total} | {' | '.join(values)}")
         self.track(step, metrics)
 

@@ -2794,7 +2794,7 @@ def test_each_step_is_a_line_on_the_console(tmp_path, capsys):
 
     logger.log(3, 9, {"loss": 1.0, "reward": 0.25, "eval/reward_high": 0.5, "kl": 0.125})
 
-    assert capsys.readouterr().out == "step 3/9 | loss 1 | reward 0.25 | kl 0.125 | reward_high 0.5\n"
+    assert capsys.readouterr().out == "step 3/9 | loss 1 | reward 0.25 | kl 0.125 | eval/reward_high 0.5\n"
 
 
 def test_a_tracker_goes_on_with_its_run(tmp_path, monkeypatch):
@@ -3008,6 +3008,32 @@ def test_the_best_and_the_worst_rollout_are_printed(tmp_path, monkeypatch, capsy
 
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["--- best of step 7", "reward 1.0", "--- worst of step 7", "reward 0.0"]
+
+
+def test_a_validation_counts_the_turns_that_passed(distributed, monkeypatch):
+    """A policy that never succeeds looks as if it learned nothing; the paper's protocol judges no turns."""
+    shares = {"high": (1.0, 0.5), None: (0.25, 0.0)}
+
+    def finished_rollouts(policy, envs, reward_tokens, keys, **options):
+        left = {reward_token: list(some) for reward_token, some in shares.items()}
+        found = []
+        for env, token in zip(envs, reward_tokens):
+            t = one_rollout(env.id, 0.0, progress=left[token].pop())
+            found.append(dataclasses.replace(t, reward_token=token))
+        return found
+
+    monkeypatch.setattr(sft_rctp, "rollout", finished_rollouts)
+    tasks = [argparse.Namespace(id=name) for name in ("a", "b")]
+
+    def validated(protocol):
+        args = argparse.Namespace(
+            protocol=protocol, reward="official", seed=0, temperature=1.0, max_new_tokens=9,
+            max_sampled_tokens=9, max_len=9, kv_gb=1, cuda_graphs="off")
+        return sft_rctp.validate(None, tasks, ["high", None], lambda task: task, args, distributed)
+
+    rewards = {"eval/reward_high": 0.0, "eval/reward_none": 0.0}
+    assert validated("official") == rewards | {"eval/progress_high": 0.75, "eval/progress_none": 0.125}
+    assert validated("paper") == rewards
 
 
 @pytest.fixture
@@ -6688,9 +6714,10 @@ def test_stage_2_refuses_prompts_that_stage_1_never_saw(monkeypatch, flags, word
     (["high", "low"], ""), (["high"], "['low']"), (["none"], "['high', 'low']")])
 def test_reward_tokens_that_stage_1_never_saw_are_named(monkeypatch, capsys, known, missing):
     """Stage 2 after --arm sft is an arm of the paper, but it may also be a mistake in --model."""
+    trained = [task.id for task in bfcl_env.select_tasks(rl_rcgrpo.parse_args([]))]
     stage_info = R.StageInfo(
         stage="rctp", arm="sft", tool_docs="signature", protocol="official", call_format="python",
-        stage1_reward_tokens=known, tasks=[])
+        stage1_reward_tokens=known, tasks=trained)
     monkeypatch.setattr(rl_rcgrpo, "read_stage_info", lambda model: stage_info)
     monkeypatch.setattr(rl_rcgrpo, "check_model", lambda model: None)
 
@@ -6699,6 +6726,28 @@ def test_reward_tokens_that_stage_1_never_saw_are_named(monkeypatch, capsys, kno
     output = capsys.readouterr().out
     assert ("warning: stage 1 (--arm sft) was not trained" in output) == bool(missing)
     assert output.strip().endswith(missing)
+
+
+@pytest.mark.parametrize("flags, warned", [
+    ("--max_tasks 8", False),
+    ("--categories multi_turn_base --max_tasks 8", True),
+])
+def test_tasks_that_stage_1_never_saw_are_counted(monkeypatch, capsys, flags, warned):
+    """Two thirds of the tasks of stage 2 are of categories that stage 1 left out, and nothing says so."""
+    known = rl_rcgrpo.parse_args(["--max_tasks", "8"])
+    stage_info = R.StageInfo(
+        stage="rctp", arm="rctp", tool_docs="signature", protocol="official", call_format="python",
+        stage1_reward_tokens=["high", "low"], tasks=[task.id for task in bfcl_env.select_tasks(known)])
+    monkeypatch.setattr(rl_rcgrpo, "read_stage_info", lambda model: stage_info)
+    monkeypatch.setattr(rl_rcgrpo, "check_model", lambda model: None)
+    args = rl_rcgrpo.parse_args(flags.split())
+    new = {task.id for task in bfcl_env.select_tasks(args)} - set(stage_info.tasks)
+
+    rl_rcgrpo.check_flags(args)
+
+    assert bool(new) == warned
+    warning = f"stage 1 did not train on {len(new)} of these 8 tasks"
+    assert (warning in capsys.readouterr().out) == warned
 
 
 def test_the_defaults_of_stage_2_are_the_papers():
@@ -8342,6 +8391,33 @@ def test_a_transcript_is_shown_with_the_gold_calls(evaluate, tmp_path, right):
         assert f"gold, turn {turn}: {'; '.join(calls) or 'no call'}\n" in out
 
 
+@pytest.mark.parametrize("asked, shown", [
+    ("best", "multi_turn_base_1 | token low"),
+    ("worst", "multi_turn_base_0 | token high"),
+    ("multi_turn_base_0", "multi_turn_base_0 | token low"),
+])
+def test_the_best_and_the_worst_transcript_are_found(evaluate, tmp_path, asked, shown):
+    """Of a thousand rollouts, which are worth reading? The reward decides, then the turns that passed."""
+    tokenizer = tiny_policy().tokenizer
+    settings = {"same": {"reward_tokens": ["high", "low"], "checkpoints": 1}}
+    sft_rctp.atomic_write(tmp_path / "config.json", settings)
+    sft_rctp.atomic_write(tmp_path / "0.tokenizer.json", tokenizer.backend_tokenizer.to_str())
+    kept = {
+        "high": [("0", 0, 0.0, 0.0), ("0", 1, 0.0, 0.25), ("1", 0, 0.0, 0.75)],
+        "low": [("0", 0, 0.0, 0.5), ("1", 0, 1.0, 1.0), ("1", 1, 0.0, 0.0)]
+    }
+    for token, rollouts in kept.items():
+        lines = ""
+        for number, sample, reward, progress in rollouts:
+            t = one_rollout(f"multi_turn_base_{number}", reward, progress=progress)
+            lines += dataclasses.replace(t, reward_token=token, sample=sample).to_json() + "\n"
+        sft_rctp.atomic_write(tmp_path / f"0_{token}.rank0.jsonl", lines)
+
+    out, _ = evaluate("--show", asked, "--out", tmp_path)
+
+    assert shown in out
+
+
 @only_in_full
 def test_the_official_evaluator_reads_our_files(evaluate, tmp_path, monkeypatch):
     """A file that the official evaluator cannot read, or scores in another way, gives no entry."""
@@ -8366,7 +8442,7 @@ def test_the_official_evaluator_reads_our_files(evaluate, tmp_path, monkeypatch)
             assert len(theirs) >= 4
 
 
-def one_rollout(task, reward, error=None, reason="done", calls=1, tokens=2):
+def one_rollout(task, reward, error=None, reason="done", calls=1, tokens=2, progress=0.5):
     """Return a finished rollout with these figures."""
     ids = [7] * (tokens + 3)
     return Trajectory(
@@ -8377,7 +8453,7 @@ def one_rollout(task, reward, error=None, reason="done", calls=1, tokens=2):
         logprobs=[0.0] * len(ids),
         reward=reward,
         reason=reason,
-        verdict={"error_type": error},
+        verdict={"error_type": error, "progress": progress},
         steps=calls + 1,
         calls=calls)
 
@@ -8385,7 +8461,7 @@ def one_rollout(task, reward, error=None, reason="done", calls=1, tokens=2):
 STATE = "multi_turn:instance_state_mismatch"
 MIXED_ROLLOUTS = [
     one_rollout("multi_turn_base_0", 1.0),
-    one_rollout("multi_turn_base_1", 1.0, calls=5, tokens=10),
+    one_rollout("multi_turn_base_1", 1.0, calls=5, tokens=10, progress=1.0),
     one_rollout("multi_turn_base_2", 0.0, "multi_turn:force_terminated", "context"),
     one_rollout("multi_turn_miss_func_7", 0.0, STATE, calls=0),
     one_rollout("multi_turn_base_4", 0.5, STATE, "turn_tokens"),
@@ -8408,11 +8484,11 @@ def test_the_table_of_a_summary_ends_with_all_rollouts(known_families, capsys):
     eval_bfcl.summarize(MIXED_ROLLOUTS, "title")
 
     lines = capsys.readouterr().out.splitlines()
-    shown = {line.split("|")[0].strip(): line.split("|")[1:5] for line in lines if "|" in line}
+    shown = {line.split("|")[0].strip(): line.split("|")[1:6] for line in lines if "|" in line}
     overall = [cell.split()[0] for cell in shown["overall"]]
     base = [cell.split()[0] for cell in shown["multi_turn_base"]]
-    assert overall == ["41.7", "6", "1.5", "3.3"]
-    assert base == ["50.0", "5", "1.8", "3.6"]
+    assert overall == ["41.7", "58.3", "6", "1.5", "3.3"]
+    assert base == ["50.0", "60.0", "5", "1.8", "3.6"]
 
 
 def test_errors_are_counted_by_their_short_names(known_families):
@@ -8431,6 +8507,16 @@ def test_calls_messages_and_sampled_tokens_are_means(known_families):
     assert metrics["calls"] == 9 / 6
     assert metrics["messages"] == 15 / 6
     assert metrics["tokens"] == 20 / 6
+
+
+def test_the_papers_protocol_has_no_progress(known_families, capsys):
+    """A verdict without turns, counted as no turn passed, is a figure that nothing measured."""
+    rollouts = [one_rollout("multi_turn_base_0", 1.0, progress=None)]
+
+    summary = eval_bfcl.summarize(rollouts, "title")
+
+    assert summary["overall"]["progress"] is None
+    assert capsys.readouterr().out.splitlines()[-2].split("|")[2].strip() == "-"
 
 
 @pytest.mark.parametrize("reward, certain", [(1.0, 1), (0.0, 0)])
