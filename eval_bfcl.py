@@ -309,7 +309,7 @@ def figures(trajectories: list[Trajectory]):
             errors[error.split(":")[-1]] += 1  # the prefix "multi_turn:" is dropped
     reasons = Counter(t.reason for t in trajectories)
     rewards = mean_reward(trajectories, lambda t: t.task)
-    progress = [t.verdict.get("progress") for t in trajectories]  # shares of turns that passed
+    progress = [t.verdict["progress"] for t in trajectories]
     return {"accuracy": mean(t.reward for t in trajectories),
             "progress": None if None in progress else mean(progress),  # None: the paper's protocol has none
             "n": len(trajectories),
@@ -889,11 +889,11 @@ def show(args):
     if args.show not in ("best", "worst"):
         rollouts = [t for t in rollouts if t.task == args.show]
     if not rollouts:
-        raise BfclError(f"{args.out} has no rollout of {args.show}: it is not among its tasks, too long, or "
-                        "not done yet")
+        raise BfclError(f"{args.out} has no rollout to show as {args.show}: give best, worst or the id of "
+                        "one of its tasks; some may be too long, or not done yet")
 
     def quality(t):
-        return t.reward, t.verdict.get("progress") or 0
+        return t.reward, t.verdict["progress"] or 0
 
     t = min(rollouts, key=quality) if args.show == "worst" else max(rollouts, key=quality)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(args.out / f"{index}.tokenizer.json"))
@@ -918,9 +918,9 @@ def parse_args():
         "on the leaderboard, and other names need --call_format")
     add("--compare", nargs="+", metavar="RUN",
         help="--out folders of evaluations; different weights of the same arm count as its seeds")
-    add("--show", metavar="ID",
-        help="print the best transcript of this task from --out, of the last checkpoint; best or worst: of "
-        "all tasks")
+    add("--show", metavar="TASK",
+        help="print a transcript of the last checkpoint in --out: best or worst of all rollouts, or the best "
+        "of a task, by reward, then progress")
     add("--reward_tokens", default="high",
         help="comma-separated list of high, low, none: the reward tokens to evaluate with; none: without one "
         "(default: %(default)s)")
@@ -953,7 +953,7 @@ def check_args(args, modes):
         BfclError: with the flag to give instead.
     """
     if len(modes) != 1:
-        raise BfclError("give one of --ckpt DIR, --score DIR, --compare RUN RUN, --show ID; given: "
+        raise BfclError("give one of --ckpt DIR, --score DIR, --compare RUN RUN, --show TASK; given: "
                         f"{', '.join(modes) or 'none of them'}")
     if not set(args.reward_tokens) <= {"high", "low", "none"}:
         raise BfclError(f"unknown reward token in {args.reward_tokens}: give --reward_tokens high,low,none")

@@ -591,8 +591,8 @@ def check_flags(args):
     tasks = {task.id for task in bfcl_env.select_tasks(args)}
     new = tasks - set(stage_info.tasks)
     if new:
-        print(f"warning: stage 1 did not train on {len(new)} of these {len(tasks)} tasks: give the same "
-              "--categories, --tasks and --max_tasks, if that is not meant")
+        print(f"warning: stage 1 had no data of {len(new)} of this run's {len(tasks)} tasks: its --split_by, "
+              "--split, --categories, --tasks or --max_tasks differ, or they were too long or never failed")
     validation_tasks(args, tasks | set(stage_info.tasks))
 
 

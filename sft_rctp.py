@@ -1014,9 +1014,11 @@ class TrainLoop:
     def _request_stop(self, *_):
         self.stop_requested = True
         if self.distributed.is_main:
+            message = b"stopping after this step, with a checkpoint"
+            if "RANK" in os.environ:
+                message += b", unless torchrun kills the run before, after its --shutdown_timeout (30 s)"
             with contextlib.suppress(OSError):  # NOTE: not `print`, which may be running when a signal comes
-                os.write(2, b"stopping after this step, with a checkpoint; torchrun kills this process after "
-                            b"its --shutdown_timeout, by default 30 s\n")
+                os.write(2, message + b"\n")
 
     def steps(self):
         """Yield the remaining steps; the caller runs each, and a checkpoint follows when one is due.
@@ -1164,11 +1166,10 @@ def validation_tasks(args, trained: set[str] = frozenset()):
 
 
 def validate(policy, tasks, reward_tokens, make_env, args, distributed):
-    """Return the mean reward per reward token, over one sampled rollout per task and reward token.
+    """Return the mean reward and progress per reward token, over one rollout per task and reward token.
 
-    So that a policy that never succeeds shows what it learns, also the mean share of turns that passed, but
-    not under the paper's protocol, which judges none. The rollouts are divided among the ranks. `policy` is a
-    full copy."""
+    Progress rises before the first success; the paper's protocol, which judges no turns, has none. The
+    rollouts are divided among the ranks. `policy` is a full copy."""
     jobs = list(product(tasks, reward_tokens))[distributed.rank::distributed.size]  # those of this rank
     sampled = rollout(
         policy,
@@ -1376,7 +1377,8 @@ class MetricsLogger:
     def log(self, step, total, metrics):
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        values = [f"{name.removeprefix('rc/')} {metrics[name]:.4g}" for name in CONSOLE_METRICS if name in metrics]
+        shown = [name for name in CONSOLE_METRICS if name in metrics]
+        values = [f"{name.removeprefix('rc/')} {metrics[name]:.4g}" for name in shown]
         tqdm.write(f"step {step}/{total} | {' | '.join(values)}")
         self.track(step, metrics)
 
