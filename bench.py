@@ -11,7 +11,6 @@
 import argparse
 import contextlib
 import copy
-import ctypes
 import gc
 import io
 import itertools
@@ -489,7 +488,7 @@ def peak_increase(work, device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     gc.collect()
     # NOTE: free memory goes back to the system first. Work that used it would not raise the peak.
-    ctypes.CDLL(None).malloc_trim(0)
+    sft.return_free_memory()
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")  # resets the peak
     before = process_bytes("VmRSS")

@@ -22,6 +22,7 @@ The training loop, Validation, The run directory, Flags.
 """
 import argparse
 import contextlib
+import ctypes
 import datetime
 import fcntl
 import hashlib
@@ -834,7 +835,19 @@ def optimizer_step(model, optimizer, packs: list[Pack], loss_of, distributed):
     else:
         norm = math.nan
     optimizer.zero_grad()  # also after a skipped step
+    if distributed.device.type == "cpu":
+        return_free_memory()
     return norm, total
+
+
+def return_free_memory():
+    """Return the free parts of the heap to the system, where the C library can.
+
+    The heap of glibc grows from update to update, since tensors of other sizes do not fill the gaps: in twelve
+    updates of SmolLM2-135M from 5.4 to 17.5 GiB."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
 
 
 def get_lr(step, peak, total, decay=0):

@@ -2731,6 +2731,38 @@ def test_an_infinite_loss_with_a_finite_gradient_is_skipped(distributed):
     assert all(map(torch.equal, before, full_weights(model)))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc can")
+def test_free_memory_goes_back_to_the_system():
+    """A run of stage 1 grew from 5 to 17 GiB, and is killed on a smaller machine."""
+    texts = [b"x" * 100_000 for _ in range(3000)]
+    kept = texts[::100]  # so that the heap cannot shrink at its end
+    before = bench.process_bytes("VmRSS")
+    del texts
+
+    sft_rctp.return_free_memory()
+
+    assert before - bench.process_bytes("VmRSS") > 200e6
+    assert len(kept) == 30
+
+
+def test_each_update_returns_its_memory(distributed, monkeypatch):
+    """The call must be made, and after the gradients are freed."""
+    policy = tiny_policy()
+    model, optimizer = sharded(policy, distributed)
+    gradients = []
+
+    def note():
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+
+    def loss_of(p):
+        return -model.token_logprobs(p, policy.banned).mean()
+
+    monkeypatch.setattr(sft_rctp, "return_free_memory", note)
+    sft_rctp.optimizer_step(model, optimizer, sft_rctp.pack(played()), loss_of, distributed)
+
+    assert gradients == [[]]
+
+
 def test_gradients_of_bf16_runs_are_summed_in_fp32(distributed, monkeypatch):
     """Gradients that ranks add in bf16 lose their small parts."""
     precisions = []
