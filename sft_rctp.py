@@ -844,8 +844,8 @@ def return_free_memory(meminfo=Path("/proc/meminfo")):
     """Return the free parts of the heap to the system when memory is short (Linux, glibc).
 
     That heap grows from update to update, since tensors of other sizes do not fill the gaps: in twelve
-    updates of SmolLM2-135M from 5.4 to 17.5 GiB. NOTE: not after each update, which took 15 % longer: every
-    page that is returned must be mapped again."""
+    updates of SmolLM2-135M from 5.4 to 17.5 GiB. NOTE: not after each update, which took 10 to 20 %
+    longer: every page that is returned must be mapped again."""
     if not meminfo.exists():
         return
     sizes = dict(line.split()[:2] for line in meminfo.read_text().splitlines())
