@@ -68,6 +68,12 @@ class CallSyntaxError(Exception):
     """Text that does not parse as tool calls. In a conversation it ends the turn."""
 
 
+def warn(text):
+    """Print a warning, on the first rank alone."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"warning: {text}", file=sys.stderr)
+
+
 def _choose(kind, given, allowed):
     """Return `given`, one of the allowed names. Raises: BfclError for any other name."""
     if given not in allowed:
@@ -761,10 +767,11 @@ def split(tasks: list[Task], name="family", seed=0) -> dict[str, list[Task]]:
     return parts
 
 
+@functools.cache
 def _paper_parts(seed):
     """Return task id -> part for the paper's random split, and warn that it leaks."""
-    print("warning: the paper split leaks: most of its test tasks have the gold calls of a training "
-          "task; --split_by family has no such twins", file=sys.stderr)
+    warn("the paper split leaks: most of its test tasks have the gold calls of a training task; "
+         "--split_by family has no such twins")
     ids = [task.id for task in load_tasks()]
     test_ids = set(random.Random(seed).sample(ids, 80))
     return {task_id: "test" if task_id in test_ids else "train" for task_id in ids}

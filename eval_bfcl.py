@@ -50,7 +50,8 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
-from bfcl_env import CALL_FORMATS, BfclError, CallSyntaxError, judge, parse_calls, without_thoughts
+from bfcl_env import (CALL_FORMATS, BfclError, CallSyntaxError, judge, parse_calls, warn,
+                      without_thoughts)
 from rollout import (DEFAULT_MODEL, Trajectory, add_sampling_flags, check_model, checksum, compute_dtype,
                      filter_overlong, load_policy, mean_reward, number, rollout, run_main, sampling,
                      transcript)
@@ -140,7 +141,7 @@ def evaluate(args):
     for index, ckpt in enumerate(args.ckpt):
         row = evaluate_checkpoint(index, tasks, args, distributed)
         if row["sha256"] in [other["sha256"] for other in table]:
-            distributed.print0(f"warning: {ckpt} and another checkpoint hold the same weights")
+            warn(f"{ckpt} and another checkpoint hold the same weights")
         table.append(row)
     dist.destroy_process_group()
     if not distributed.is_main:
@@ -178,7 +179,7 @@ def evaluate_checkpoint(index, tasks, args, distributed):
     distributed.print0(f"{row['arm']}: {policy.name} | weights sha256 {row['sha256'][:12]} | "
                        f"call format {call_format} ({policy.chat.call_format_reason}) | "
                        f"tasks that fit: {len(fitting)} of {len(tasks)}")
-    print_warnings(policy.stage_info, args, distributed)
+    print_warnings(policy.stage_info, args)
     if distributed.is_main:  # --show reads this file
         atomic_write(args.out / f"{index}.tokenizer.json", policy.tokenizer.backend_tokenizer.to_str())
     for reward_token in args.reward_tokens:
@@ -237,19 +238,19 @@ def arm_name(stage_info) -> str | None:
     return arm
 
 
-def print_warnings(stage_info, args, distributed):
+def print_warnings(stage_info, args):
     """Print a warning per difference between the training of a checkpoint and this evaluation."""
     if not stage_info.stage:
         return
     for name in ("tool_docs", "protocol"):
         trained_with = getattr(stage_info, name)
         if trained_with != getattr(args, name):
-            distributed.print0(f"warning: this checkpoint was trained with --{name} {trained_with}")
+            warn(f"this checkpoint was trained with --{name} {trained_with}")
     known = stage_info.stage1_reward_tokens
     for reward_token in args.reward_tokens:
         if reward_token not in known:
-            distributed.print0(f"warning: stage 1 of this checkpoint never saw the {reward_token} token "
-                               f"(only {', '.join(known)}), so that token has no learned meaning")
+            warn(f"stage 1 of this checkpoint never saw the {reward_token} token (only {', '.join(known)}), "
+                 "so that token has no learned meaning")
 
 
 def print_table(table, task_count, minutes, args):
@@ -380,8 +381,7 @@ def score(args):
     print(f"{missing} of {len(tasks)} tasks have no result and do not count; {malformed} lines cannot be "
           "read")
     if args.call_format != "auto" and not summary["overall"]["calls"]:
-        print(f"warning: nothing could be read as {step_format} calls: try another --call_format",
-              file=sys.stderr)
+        warn(f"nothing could be read as {step_format} calls: try another --call_format")
     print(json.dumps({**summary,
                       "reward": "official",
                       "model": model,
@@ -609,8 +609,7 @@ def official_rows(tasks, trajectories, tokenizer, call_format):
         rows.setdefault(task.category, []).append({"id": task.id, "result": result})
         verdict = judge(task, turns_of(result, call_format))
         if verdict.valid != t.verdict["valid"]:
-            print(f"warning: {task.id}: the verdict from its text differs from the live verdict",
-                  file=sys.stderr)
+            warn(f"{task.id}: the verdict from its text differs from the live verdict")
     return rows
 
 

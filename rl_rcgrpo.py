@@ -45,7 +45,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import sft_rctp
-from bfcl_env import BfclError
+from bfcl_env import BfclError, warn
 from rollout import (Pack, Trajectory, add_sampling_flags, check_model, checksum, compute_dtype,
                      filter_overlong, load_policy, mean_reward, number, pack, read_stage_info, rollout,
                      run_main, sampling, token_logprobs, transcript)
@@ -580,8 +580,7 @@ def check_flags(args):
         raise BfclError("stage 1 saw no prompt without a reward token: train it with --reward_token_dropout "
                         "above 0, or give another --reward_tokens")
     if missing:
-        print(f"warning: stage 1 (--arm {stage_info.arm}) was not trained with the reward tokens "
-              f"{sorted(missing)}")
+        warn(f"stage 1 (--arm {stage_info.arm}) was not trained with the reward tokens {sorted(missing)}")
     for name in ("tool_docs", "protocol", "call_format"):
         trained = getattr(stage_info, name)
         given = getattr(args, name)
@@ -591,8 +590,8 @@ def check_flags(args):
     tasks = {task.id for task in bfcl_env.select_tasks(args)}
     new = tasks - set(stage_info.tasks)
     if new:
-        print(f"warning: stage 1 had no data of {len(new)} of this run's {len(tasks)} tasks: its --split_by, "
-              "--split, --categories, --tasks or --max_tasks differ, or they were too long or never failed")
+        warn(f"stage 1 had no data of {len(new)} of this run's {len(tasks)} tasks: its --split_by, --split, "
+             "--categories, --tasks or --max_tasks differ, or they were too long or never failed")
     validation_tasks(args, tasks | set(stage_info.tasks))
 
 

@@ -349,11 +349,10 @@ class Sampler:
         # A row needs its slot and its share of the prefixes; the longest prefix must always fit.
         num_blocks = sum(prefix.num_blocks for prefix in prefixes)
         prefix_share = num_blocks * PREFIX_BLOCK / max(1, len(rows))
-        slots = min(
+        self.slots = min(
             len(rows),
             int(budget / (slot_tokens + prefix_share)),
             (budget - longest) // slot_tokens)
-        self.slots = max(1, slots)
         num_blocks = min(num_blocks, (budget - self.slots * slot_tokens) // PREFIX_BLOCK)
         # NOTE: zeros, since padding gets weight 0, and 0 times the NaN of uninitialised memory is NaN.
         shape = (L, 2, self.slots, K, slot_tokens, D)
@@ -1023,10 +1022,9 @@ def sample_token(logits, uniform, greedy=False):
         ids = logits.argmax(-1)
     else:
         cdf = logp.exp().cumsum(-1)  # [B, V]
-        total = cdf[:, -1]
-        # Clamped below the total, so that rounding cannot select an id with p = 0: the first id whose CDF
-        # exceeds the point is taken.
-        point = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
+        # Take the first id whose CDF exceeds this point. A number of `keyed_uniforms` is at most 1 - 2^-24, so
+        # the rounded product is below the last CDF, and an id with p = 0 is never taken.
+        point = uniform * cdf[:, -1]  # [B]
         ids = torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
         ids = ids.clamp(max=logits.shape[1] - 1)  # NaN logits, which `Sampler.decode` refuses
         if logp.is_cuda:  # its parallel cumsum is not guaranteed to be monotone: at a border p(id) can be 0

@@ -60,7 +60,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import distribute_tensor
 from tqdm import tqdm
 
-from bfcl_env import BfclError, Call, Episode, judge, write_calls
+from bfcl_env import BfclError, Call, Episode, judge, warn, write_calls
 from rollout import (DEFAULT_MODEL, STAGE_INFO, Pack, StageInfo, Trajectory, add_sampling_flags,
                      answer_messages, check_model, checksum, compute_dtype, dummy_pack, filter_overlong,
                      load_policy, mean_reward, number, pack, rollout, run_main, sampling, tie_head,
@@ -501,7 +501,9 @@ def main():
     dtype = compute_dtype(args.dtype, distributed.device)
 
     weights_sha256 = checksum(policy.model) if distributed.is_main else None
-    settings = {"weights": distributed.broadcast(weights_sha256), "compute": str(dtype)}
+    settings = {"weights": distributed.broadcast(weights_sha256),
+                "compute": str(dtype),
+                "rollouts": bool(args.rollouts)}  # their content is compared once the data are made
     check_and_record_settings(out, distributed, settings)
     val_tasks = filter_overlong(policy, val_tasks, make_env, args.max_len)
     to_sample = args.failures == "sampled" and not args.rollouts
@@ -962,7 +964,7 @@ class Checkpointer:
                 return {**state, "step": int(state["step"])}
             except DAMAGE as error:
                 reason = str(error).strip().splitlines()[-1:]
-                self.distributed.print0(f"warning: {path} cannot be read {reason}: delete that folder")
+                warn(f"{path} cannot be read {reason}: delete that folder")
         if complete:
             raise BfclError(f"no checkpoint in {self.folder} can be read: delete that folder, and the same "
                             "command begins again")
@@ -1015,7 +1017,8 @@ class TrainLoop:
         Raises:
             SystemExit: If the run is finished."""
         if self.distributed.broadcast(self.distributed.is_main and is_finished(self.out)):
-            self.distributed.print0(f"the run in {self.out} is finished: its model is {self.out}/model")
+            self.distributed.print0(f"the run in {self.out} is finished: its model is {self.out}/model; "
+                                    "to train on, give it as --model, with a new --out")
             sys.exit()
         note_changes(self.out, self.args, self.distributed)
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -1268,7 +1271,7 @@ def lock_run_dir(out, distributed):
         raise BfclError(f"another process is at work in {out}: wait for it, stop it, or give another "
                         "--out") from None
     except OSError as error:  # some cluster file systems have no locks
-        print(f"warning: {out} cannot be locked ({error.strerror}): a second process in it goes unnoticed")
+        warn(f"{out} cannot be locked ({error.strerror}): a second process in it goes unnoticed")
 
 
 def open_config(out, args, distributed):

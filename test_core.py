@@ -2997,7 +2997,7 @@ def test_an_older_checkpoint_replaces_a_damaged_one(checkpointers, tmp_path, cap
     loading.save(3, state)
 
     assert state == {"step": 3, "cursor": 30}
-    assert re.search("step_000004 cannot be read .*: delete that folder", capsys.readouterr().out)
+    assert re.search("step_000004 cannot be read .*: delete that folder", capsys.readouterr().err)
     assert (tmp_path / "step_000003").exists()
 
 
@@ -3022,7 +3022,7 @@ def test_damaged_checkpoints_are_named(checkpointers, tmp_path, capsys, damage):
     with pytest.raises(BfclError, match=f"no checkpoint in {tmp_path} can be read: delete that folder"):
         loading.load()
 
-    assert capsys.readouterr().out.count("delete that folder") == 2
+    assert capsys.readouterr().err.count("delete that folder") == 2
 
 
 def test_a_users_files_beside_rollouts_stay(tmp_path):
@@ -5399,11 +5399,27 @@ def test_the_papers_split_follows_from_its_seed():
 
 
 def test_the_papers_split_warns_that_it_leaks(capsys):
-    """A split that leaks without a warning gives scores that look better than they are."""
+    """A split that leaks without a warning gives scores that look better than they are. A command asks for it
+    several times."""
+    bfcl_env._paper_parts.cache_clear()
+
     parts = bfcl_env.split(TASKS, "paper")
+    assert bfcl_env.split(TASKS, "paper") == parts
 
     assert [len(part) for part in parts.values()] == [720, 0, 80]
-    assert "leaks" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("leaks") == 1
+
+
+@pytest.mark.parametrize("rank, printed", [(None, "warning: x\n"), ("0", "warning: x\n"), ("1", "")])
+def test_one_rank_warns(monkeypatch, capsys, rank, printed):
+    """Eight ranks print each warning eight times."""
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+
+    bfcl_env.warn("x")
+
+    assert capsys.readouterr().err == printed
 
 
 @pytest.mark.parametrize("flags, defaults, count", [
@@ -5849,14 +5865,14 @@ def test_trained_tasks_and_those_left_out_are_counted():
     assert row["thinking"] == "on"  # else --compare takes it for "off"
 
 
-def test_prompts_that_a_checkpoint_never_saw_are_named(distributed, capsys):
+def test_prompts_that_a_checkpoint_never_saw_are_named(capsys):
     """Under other tool docs a trained policy fails, and nobody knows why."""
     known = dict(tool_docs="signature", protocol="official")
     outputs = []
     for changes in ({}, {"tool_docs": "slim"}, {"protocol": "paper"}):
         stage_info = R.StageInfo(stage="rctp", stage1_reward_tokens=["high"], **{**known, **changes})
-        eval_bfcl.print_warnings(stage_info, given(reward_tokens=["high"]), distributed)
-        outputs.append(capsys.readouterr().out)
+        eval_bfcl.print_warnings(stage_info, given(reward_tokens=["high"]))
+        outputs.append(capsys.readouterr().err)
 
     assert outputs == [
         "",
@@ -5991,7 +6007,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")"""
 def papers_run(tmp_path_factory):
     """The paper's run with the tiny model: sft/, rl/ and eval/. Besides, stage 1 again: `killed`, when its
     failures were sampled; `twin`, with the failures of sft/; and what the last commands printed: sft/ under
-    another seed, and with other failures."""
+    another seed, and with other failures; `twin` without its failures."""
     folder = tmp_path_factory.mktemp("paper")
     (folder / "killed.py").write_text(KILLED)
     small = f"{PAIR},multi_turn_base_46 --tool_docs signature --max_new_tokens 12 --dtype fp32"
@@ -6013,7 +6029,7 @@ def papers_run(tmp_path_factory):
     shutil.copytree(folder / "sft", folder / "unbegun")
     (folder / "unbegun/metrics.jsonl").unlink()
     shutil.rmtree(folder / "unbegun/checkpoints")
-    refused = results_of(start_commands(f"{sft}/unbegun --seed 1", f"{sft}/altered"))
+    refused = results_of(start_commands(f"{sft}/unbegun --seed 1", f"{sft}/altered", f"{sft}/twin"))
     return types.SimpleNamespace(folder=folder, outputs=[text for _, text in results], refused=refused)
 
 
@@ -6061,12 +6077,15 @@ def test_a_run_with_the_same_failures_is_the_same(papers_run, again):
 
 
 def test_other_failures_are_another_run(papers_run):
-    """Failures of another seed, or fewer of them, must not be taken for this run's."""
-    (seed_status, seed_text), (status, text) = papers_run.refused
+    """Failures of another seed, or fewer of them, must not be taken for this run's. Without --rollouts a run
+    would sample for hours before it is refused."""
+    (seed_status, seed_text), (status, text), (twin_status, twin_text) = papers_run.refused
 
-    assert seed_status == status == 1
+    assert seed_status == status == twin_status == 1
     assert "holds another run (seed: 0 there, 1 here)" in seed_text
     assert "holds another run (data: " in text
+    assert "holds another run (rollouts: True there, False here)" in twin_text
+    assert not (papers_run.folder / "twin/failures.jsonl").exists()
 
 
 @pytest.fixture(scope="module")
@@ -6369,7 +6388,7 @@ def test_a_file_system_without_locks_is_served(distributed, tmp_path, monkeypatc
 
     begin(distributed, tmp_path)
 
-    assert "cannot be locked" in capsys.readouterr().out
+    assert "cannot be locked" in capsys.readouterr().err
     assert (tmp_path / "config.json").exists()
 
 
@@ -6766,7 +6785,7 @@ def test_reward_tokens_that_stage_1_never_saw_are_named(monkeypatch, capsys, kno
 
     rl_rcgrpo.check_flags(rl_rcgrpo.parse_args([]))
 
-    output = capsys.readouterr().out
+    output = capsys.readouterr().err
     assert ("warning: stage 1 (--arm sft) was not trained" in output) == bool(missing)
     assert output.strip().endswith(missing)
 
@@ -6792,7 +6811,7 @@ def test_tasks_that_stage_1_never_saw_are_counted(monkeypatch, capsys, flags, wa
     assert bool(new) == warned
     assert len(tasks) < len(stage_info.tasks) or not warned
     warning = f"stage 1 had no data of {len(new)} of this run's {len(tasks)} tasks"
-    assert (warning in capsys.readouterr().out) == warned
+    assert (warning in capsys.readouterr().err) == warned
 
 
 def test_the_defaults_of_stage_2_are_the_papers():
