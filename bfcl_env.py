@@ -1398,7 +1398,7 @@ def start_process():
     """Restart the process unless its hash seed is fixed and its text files are UTF-8.
 
     Python reads both settings only at its start. Some results of the benchmark print sets, and a resumed run
-    must see them in the same order. From here on Ctrl-C is a sentence; `TrainLoop` stops later than that.
+    must see them in the same order. From here on Ctrl-C prints one sentence, until `TrainLoop` takes it over.
     """
     signal.signal(signal.SIGINT, _interrupt)
     wanted = {}

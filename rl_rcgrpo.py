@@ -18,11 +18,11 @@ One step:
                     - beta KL(pi || pi_ref) ]                                                  (Eq. 8, 9)
 
 The ratio rho is per token by default, pi / pi_old as in GRPO, and the loss is averaged over the tokens of a
-rollout, then over rollouts. With one update per batch rho is then 1 and clipping has no effect; from
---update_epochs 2 on it has. Algorithm 1 prints another ratio, --ratio trajectory: pi(tau_j) / pi_ref(tau_j),
-one per rollout, against the reference; it clips from the second update on. The paper does not say what its
-batch size counts: here rollouts. --advantage and --dynamic_sampling implement other
-fixes for zero-std groups, so that they can be compared under equal conditions.
+rollout, then over rollouts. With one update per batch rho is 1 and never clipped; --update_epochs 2 makes two.
+Algorithm 1 prints another ratio, --ratio trajectory: pi(tau_j) / pi_ref(tau_j), one per rollout, against the
+reference; it can be clipped from the run's second update on. The paper does not say what its batch size
+counts: here rollouts. --advantage and --dynamic_sampling implement other fixes for zero-std groups, so that
+they can be compared under equal conditions.
 
 Axes: S tasks, G rollouts per group, B rollouts, M loss positions of a pack.
 
@@ -107,13 +107,13 @@ def group_advantages(rewards, reward_tokens=None, kind="group", eps=1e-6):
         return advantages
     if kind == "sign":
         if not ((rewards == 0) | (rewards == 1)).all():
-            raise BfclError("--advantage sign is for rewards 0 and 1: give another one, or --reward")
+            raise BfclError("--advantage sign is for rewards 0 and 1: give another --advantage or --reward")
         return 2 * rewards - 1
     counted = rewards
     if kind == "virtual_success":
         counted = torch.cat([rewards, torch.ones_like(rewards[:, :1])], 1)  # [S, G + 1]
     mean = counted.mean(1, keepdim=True)  # [S, 1]
-    std = counted.std(1, correction=0, keepdim=True)  # [S, 1]
+    std = (counted - mean).square().mean(1, keepdim=True).sqrt()  # [S, 1] without a warning for S = 0
     advantages = (rewards - mean) / (std + eps)  # [S, G]
     if kind == "mean_only":
         advantages = rewards - mean
@@ -125,9 +125,9 @@ def group_advantages(rewards, reward_tokens=None, kind="group", eps=1e-6):
 def variance_parts(rewards, reward_tokens):
     """Split the mean within-group variance of rewards [S, G] by the law of total variance.
 
-    The part BETWEEN reward tokens is that of their mean rewards. Drawing tokens adds it, and Prop. 4.3 bounds
-    it. By itself it does not improve the high mode: for a fixed token the group mean is only a baseline, and
-    a baseline does not change the expected gradient.
+    The part BETWEEN reward tokens is the variance of their mean rewards; Prop. 4.3 bounds it from below. It
+    alone does not improve the policy under high: for a fixed reward token the group mean is only a baseline,
+    which does not change the expected gradient.
 
     Args:
         reward_tokens: [S, G], 1 for high.
@@ -171,7 +171,7 @@ def main():
     sha256 = distributed.broadcast(sha256)
     check_and_record_settings(out, distributed, {"reference": sha256, "compute": str(dtype)})
     model, optimizer = shard_model(trainer_policy, args, dtype, distributed)
-    reference = offload_shards(model, dtype) if args.beta or args.ratio == "trajectory" else {}
+    reference_shards = offload_shards(model, dtype) if args.beta or args.ratio == "trajectory" else {}
     loop = TrainLoop(out, args, model, optimizer, args.steps, distributed)
     loop.resume()  # NOTE: after `offload_shards`, else the resumed weights would become the KL reference
     cursor = loop.state.setdefault("cursor", 0)  # tasks that were drawn so far
@@ -197,8 +197,8 @@ def main():
         assign_advantages(packs, groups, args)
 
         # step 4: load the reference's weights into the full copy and compute its log-probs
-        if reference:
-            load_full_weights(sampler_policy.model, model, reference)
+        if reference_shards:
+            load_full_weights(sampler_policy.model, model, reference_shards)
             compute_ref_logp(sampler_policy, packs, args.temperature)
         free_weights(sampler_policy.model)
         compared = synced_time(distributed.device)
@@ -274,7 +274,7 @@ def update_policy(model, optimizer, packs: list[Pack], banned, args, distributed
         norm, loss = optimizer_step(model, optimizer, packs, loss_of, distributed)
         if math.isnan(norm):  # the update was skipped
             break
-    tokens = max(1, distributed.all_reduce(sums.pop("tokens", 0)))
+    tokens = max(1, distributed.all_reduce(sums.pop("tokens")))
     means = {name: distributed.all_reduce(sums[name]) / tokens for name in sorted(sums)}
     largest_gap = distributed.all_reduce(largest_gap, dist.ReduceOp.MAX)
     return {"loss": loss,
@@ -287,7 +287,8 @@ def policy_loss(logp, old_logp, ref_logp, advantages, weights, clip_eps=0.2, bet
     """Return the clipped loss with its KL penalty: the sum over positions of weight * (beta KL - surrogate).
 
     KL is the k3 estimator exp(d) - d - 1 with d = ref_logp - logp: never negative, 0 where both agree
-    (Schulman 2020, http://joschu.net/blog/kl-approx.html).
+    (Schulman 2020, http://joschu.net/blog/kl-approx.html). Its value estimates KL(pi || pi_ref). NOTE: its
+    gradient, as in every GRPO that uses it, is that of KL(pi_ref || pi).
 
     Args:
         logp: [M], with gradient.
@@ -321,15 +322,16 @@ def policy_loss(logp, old_logp, ref_logp, advantages, weights, clip_eps=0.2, bet
 def trajectory_log_ratio(logp, ref_logp, owners):
     """Return log pi(tau_j) / pi_ref(tau_j) of the rollout j of each position (Algorithm 1), within +-20.
 
-    Outside, where exp would overflow or vanish, the ratio has no gradient. A rollout lies in one pack, so its
-    positions are all here.
+    A larger one would overflow in exp. NOTE: the gradient passes the bound, since a failure that has become
+    far more probable must still be made less so. A rollout lies in one pack, so its positions are all here.
 
     Returns:
         [M], the same value at all positions of a rollout.
     """
-    _, rollouts = owners.unique(return_inverse=True)  # [M], counted from 0 within the pack
-    sums = torch.zeros_like(logp).index_add(0, rollouts, logp - ref_logp)  # [M], one per rollout
-    return sums[rollouts].clamp(-20, 20)
+    _, index = owners.unique(return_inverse=True)  # [M] of the rollout, counted from 0 within the pack
+    sums = torch.zeros_like(logp).index_add(0, index, logp - ref_logp)  # [M], the first ones used
+    bounded = sums + (sums.clamp(-20, 20) - sums).detach()  # [M]
+    return bounded[index]
 
 
 # ---- Groups ------------------------------------------------------------------------------------------------
@@ -415,7 +417,7 @@ def assign_advantages(packs: list[Pack], groups: list[Group], args):
     advantages = group_advantages(rewards.view(shape), high.view(shape), args.advantage).flatten()  # [B]
     rollouts = args.prompts_per_step * args.group_size
     lengths = torch.tensor([sum(t.loss_mask) for t in trajectories], device=device)  # [B]
-    weights = 1 / rollouts / lengths.clamp(min=1)  # [B]
+    weights = 1 / rollouts / lengths  # [B]; one without sampled tokens has no loss position
     for p in packs:
         p.advantage = advantages[p.owners]  # [M]
         p.weight = weights[p.owners]  # [M]
@@ -445,7 +447,7 @@ def group_metrics(groups: list[Group], p_high):
         "reward_std": rewards.std(1, correction=0).mean().item(),
         "frac_reward_zero_std": sum(group.zero_std for group in groups) / len(groups),
         "rollouts": len(trajectories),
-        "num_tokens": sum(sum(t.loss_mask) for t in trajectories),
+        "num_tokens": sum(sum(t.loss_mask) for t in trajectories),  # sampled; in stage 1 prompts count too
         "rc/within_group_var": within + between,  # law of total variance
         "rc/var_within_tokens": within,
         "rc/var_between_tokens": between,
@@ -592,7 +594,7 @@ def check_flags(args):
     if new:
         warn(f"stage 1 had no data of {len(new)} of this run's {len(tasks)} tasks: its --split_by, --split, "
              "--categories, --tasks or --max_tasks differ, or they were too long or never failed")
-    validation_tasks(args, tasks | set(stage_info.tasks))
+    validation_tasks(args, tasks | set(stage_info.tasks))  # raises if one of them was trained on
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ steps of `rollout`:
     5. pop_finished     hand out finished rows and free their slots
 
 An environment is any object with `messages()`, `step(text) -> StepResult` and `verdict()`, whose
-`reward(kind)` is a number: `bfcl_env.BfclEnv` is one.
+`reward(kind)` is a number and whose attributes JSON can hold: `bfcl_env.BfclEnv` is one.
 
 Axes: B live rows, N tokens of one forward, M loss positions, H query heads, K key/value heads, D head width,
 P tokens of a prefix, T tokens of a slot, V vocabulary, L layers.
@@ -169,7 +169,7 @@ def rollout(
     Args:
         envs: environments, one per rollout.
         reward_tokens: "high", "low" or None for each.
-        keys: one per rollout. Equal keys give equal random numbers, so that in fp32 a rollout does not depend
+        keys: one per rollout, from which all its random numbers derive. So in fp32 a rollout does not depend
             on the rest of the batch. Training uses (seed, step, task id, repetition, rollout).
         reward: the kind that `env.verdict().reward(kind)` is asked for.
         progress: title of a progress bar.
@@ -382,7 +382,7 @@ class Sampler:
     def _evict_prefixes(self):
         """Evict the prefixes that no live row uses, and move the others together.
 
-        A decode step computes all blocks up to the last used one.
+        Gaps cost time: a decode step computes all blocks up to the last used one.
         """
         needed = {row.prefix for row in self.live}
         before = self.cached_prefixes
@@ -403,7 +403,7 @@ class Sampler:
                 target.copy_(source)
 
     def _compute_prefix(self, prefix):
-        """Compute a prefix and store it; until then it needs its size once more, beside the cache."""
+        """Compute a prefix in a temporary tensor of its size, then copy it to the cache."""
         L, _, _, K, _, D = self.prefix_kv.shape
         # Zeros after its end, since padding gets weight 0.
         kv = self.prefix_kv.new_zeros(L, 2, K, prefix.num_blocks * PREFIX_BLOCK, D)
@@ -454,7 +454,7 @@ class Sampler:
         return outputs.tolist()
 
     def _steps_until_sync(self):
-        """Return how many decode steps to run until the host reads the ids, for which it waits for a GPU."""
+        """Return how many decode steps to run before the host waits for their ids."""
         steps = DECODE_STEPS_PER_SYNC[self.policy.device.type]
         for row in self.live:  # no row may exceed a limit
             steps = min(
@@ -724,7 +724,7 @@ def filter_overlong(policy: Policy, tasks, make_env, max_len):
 
 @dataclass(eq=False)
 class Prefix:
-    """A prompt that is computed once: its keys and values serve every row that starts with `ids`."""
+    """The start of a prompt, computed once: its keys and values serve every row that starts with `ids`."""
     ids: tuple[int, ...]
     kv: torch.Tensor | None = None  # [L, 2, blocks, K, PREFIX_BLOCK, D] while it is cached
 
@@ -786,7 +786,7 @@ class Decode:
     J: int
 
     def __post_init__(self):
-        """Compute the indices of gathers and the bias that all layers share."""
+        """Map rows to blocks and back, and build the bias, for all layers."""
         device = self.pos.device
         n, G = self.block_rows.shape
         B = len(self.pos)
@@ -871,18 +871,18 @@ class Packed:
 
 
 def attention(q, k, v, scale):
-    """Return causal attention where the S queries are the last S positions of the keys.
+    """Return causal attention where the N queries are the last N positions of the keys.
 
     On CUDA, bf16 uses the flash kernel, which supports grouped heads and the lower-right bias; fp32 uses the
     memory-efficient one, which wants as many key heads as query heads. NOTE: the math kernel must never be
-    chosen, since it would build [B, H, S, past + S].
+    chosen, since it would build [1, H, N, past + N].
 
     Args:
-        q: [B, H, S, D].
-        k, v: [B, K, past + S, D].
+        q: [1, H, N, D].
+        k, v: [1, K, past + N, D].
 
     Returns:
-        [B, H, S, D].
+        [1, H, N, D].
     """
     past = k.shape[2] - q.shape[2]
     bias = causal_lower_right(q.shape[2], k.shape[2]) if past else None
@@ -1027,7 +1027,7 @@ def sample_token(logits, uniform, greedy=False):
         point = uniform * cdf[:, -1]  # [B]
         ids = torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
         ids = ids.clamp(max=logits.shape[1] - 1)  # NaN logits, which `Sampler.decode` refuses
-        if logp.is_cuda:  # its parallel cumsum is not guaranteed to be monotone: at a border p(id) can be 0
+        if logp.is_cuda:  # its parallel cumsum may not be monotone: the id that is found can have p = 0
             impossible = logp.gather(1, ids[:, None])[:, 0].isinf()
             ids = torch.where(impossible, logits.argmax(-1), ids)
     return ids, logp.gather(1, ids[:, None])[:, 0]
@@ -1053,15 +1053,15 @@ def lm_head_matmul(hidden, head):
     """Return hidden [M, hidden] @ head^T [hidden, V]; for few rows this order is twice as fast on a CPU."""
     if len(hidden) > 64:
         return F.linear(hidden, head)
-    # Contiguous, because `masked_logits` writes into it.
+    # A copy, since `masked_logits` cannot write into a view; contiguous, for the softmax.
     return (head @ hidden.T).T.clone(memory_format=torch.contiguous_format)
 
 
 class _LMHeadMatmul(torch.autograd.Function):
     """hidden [M, hidden] @ head^T [hidden, V] in fp32, where both factors are bf16 numbers.
 
-    On CUDA they are bf16 tensors, and so are the gradients, like those of all other weights. On a CPU, whose
-    products have no wider output, they are fp32 tensors.
+    On CUDA the factors and their gradients are bf16 tensors, like those of all other weights. On a CPU, whose
+    products have no wider output, they are fp32 tensors, and the backward products round the gradient.
     """
 
     @staticmethod
@@ -1221,11 +1221,12 @@ def token_logprobs(model, pack: Pack, banned, temperature=1.0, entropy=False, ch
 
     def chunk_logprobs(hidden, targets):  # [m, hidden], [m] -> [m], [m]
         logp = masked_logits(hidden, head, banned, temperature).log_softmax(-1)  # [m, V]
-        entropies = torch.zeros(len(hidden))
-        if entropy:
+        target_logp = logp.gather(1, targets[:, None])[:, 0]
+        entropies = None
+        if entropy:  # the last lines, which the backward pass does not recompute
             with torch.no_grad():
                 entropies = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
-        return logp.gather(1, targets[:, None])[:, 0], entropies
+        return target_logp, entropies
 
     logps = []
     entropies = []
@@ -1532,7 +1533,7 @@ def check_architecture(name, model):
 
 
 def resolve_thinking(name, stage_info, wanted):
-    """Return "on" or "off": as wanted, else as in the stage before, else off.
+    """Return "on" or "off": as wanted, else as in the stage before, else off for a model from elsewhere.
 
     Raises:
         BfclError: if the stage before was trained with the other one.

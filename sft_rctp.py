@@ -11,7 +11,7 @@ the two to produce:
        with --failures sampled, as in the paper, the failure is a rollout of the starting model instead
     2. render both with the same code, `<|high_reward|>` in the prompt of the success and `<|low_reward|>` in
        the prompt of the failure (1:1)
-    3. pack trajectories that share a prompt: [prefix | branch | branch ...], the prefix computed once
+    3. pack trajectories that share a prefix: [prefix | branch | branch ...], the prefix computed once
     4. minimise the cross-entropy of the assistant tokens, as a mean over all N of them in an update:
        L = -1/N * sum over the N assistant tokens of the update of log pi(a_t | h_t, r)
     5. write the model as a plain Hugging Face directory: the starting point and KL reference of stage 2
@@ -132,7 +132,7 @@ MISTAKES = ("argument", "function", "missing", "guess")
 
 
 def corrupt(task, turns: list[list[Call]], kind, rng):
-    """Make one kind of mistake, which models really make, in every other turn on average.
+    """Make one kind of mistake, which models really make, in up to half of the turns on average.
 
     Several turns are corrupted where that is possible, since a failing agent rarely makes a single mistake.
     The result is not guaranteed to fail: check it with `judge`."""
@@ -396,8 +396,8 @@ def stage1_data(policy, tasks, make_env, args, files=()):
     pair, and so has half as many trajectories.
 
     Args:
-        files: Of rollouts. With --failures sampled their failures are paired with the gold calls, otherwise
-            with their successes. Without files failures are written.
+        files: Rollouts, whose failures are paired with the gold calls (--failures sampled) or with the
+            successes among them. Without files failures are written.
 
     Returns:
         [success, failure] pairs with the reward tokens of --arm; and how many pairs, or single rollouts of
@@ -491,7 +491,7 @@ def main():
     distributed = init_distributed()
     out = begin_run(args, distributed)
     tasks = bfcl_env.select_tasks(args)
-    val_tasks = validation_tasks(args, {task.id for task in tasks})
+    val_tasks = validation_tasks(args)
     torch.manual_seed(args.seed)  # only the weights of the `tiny` model are drawn from this generator
     policy = load_policy(args.model, torch.float32, "cpu", weights=distributed.is_main,
                          thinking=args.thinking)

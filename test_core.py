@@ -1575,6 +1575,19 @@ def test_entropies_have_no_gradient():
     assert not entropies.requires_grad
 
 
+def test_the_backward_pass_computes_no_entropies(monkeypatch):
+    """It recomputes the logits of each chunk. Entropies, which have no gradient, would be computed twice."""
+    policy = tiny_policy()
+    computed = []
+    clamp = torch.Tensor.clamp
+    monkeypatch.setattr(torch.Tensor, "clamp", lambda x, **limits: computed.append(x) or clamp(x, **limits))
+
+    logp, _ = R.token_logprobs(policy.model, R.pack(played())[0], policy.banned, entropy=True)
+    logp.sum().backward()
+
+    assert len(computed) == 1
+
+
 def test_the_number_0_draws_no_banned_id():
     """The first id has a CDF of 0, which 0 does not exceed."""
     ids, _ = R.sample_token(torch.tensor([[-torch.inf, 0.0, 0.0]]), torch.zeros(1))
@@ -3369,13 +3382,17 @@ def test_the_trajectory_ratio_equals_a_loop_over_rollouts(rollouts_in_two_packs,
 
 
 def test_the_trajectory_ratio_is_bounded(rollouts_in_two_packs):
-    """The exponential of a long rollout's log-ratio overflows: the update would be skipped."""
+    """The exponential of a long rollout's log-ratio overflows: the update would be skipped. A bound without a
+    gradient lets a failure that has become probable stay so."""
     logp, ref, advantages, weights, owners = rollouts_in_two_packs[0]
 
     loss, _ = loss_of_trajectories((logp, ref - 1000, -advantages.abs(), weights, owners), 0)
 
+    [gradient] = torch.autograd.grad(loss, logp)
     assert loss.isfinite()
     assert 0 < loss.log() < 21
+    assert gradient.isfinite().all()
+    assert (gradient > 0).all()
 
 
 def test_a_pack_without_rollouts_has_no_trajectory_ratio():
