@@ -426,8 +426,8 @@ def flops(model, layouts: list, loss_tokens: int) -> float:
     tokens = 0
     pairs = 0.0  # (query, key)
     for layout in layouts:
-        P = layout.prefix
-        branches = [end - start for start, end in layout.spans]
+        P = layout.prefix_len
+        branches = [end - start for start, end in layout.branches]
         tokens += P + sum(branches)
         pairs += P * P / 2 + sum(b * P + b * b / 2 for b in branches)
     layer_parameters = sum(p.numel() for p in model.model.layers.parameters())
@@ -699,9 +699,9 @@ def planned_bytes(policy, args, packs, stage2, ranks, device):
         per_token += 3 * width * (q_width + kv_width)
 
     def activations(layout):
-        tokens = layout.spans[-1][1] if layout.spans else layout.prefix
+        tokens = layout.branches[-1][1] if layout.branches else layout.prefix_len
         # Every branch copies the keys and values of [prefix | branch].
-        copied = len(layout.spans) * layout.prefix + tokens - layout.prefix
+        copied = len(layout.branches) * layout.prefix_len + tokens - layout.prefix_len
         per_layer = per_token * tokens + 2 * width * kv_width * copied
         if checkpointing:
             return L * width * hidden * tokens + per_layer

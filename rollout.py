@@ -854,11 +854,11 @@ class Packed:
 
     Gradients are exact: the prefix receives them from every branch.
     """
-    prefix: int  # P
-    spans: list[tuple[int, int]]  # (start, end) of each branch
+    prefix_len: int  # P
+    branches: list[tuple[int, int]]  # (start, end) of each
 
     def attend(self, layer, q, k, v, scale):  # q [1, H, N, D]; k, v [1, K, N, D]
-        sizes = [self.prefix] + [end - start for start, end in self.spans]
+        sizes = [self.prefix_len] + [end - start for start, end in self.branches]
         q_prefix, *q_branches = q.split(sizes, 2)
         k_prefix, *k_branches = k.split(sizes, 2)
         v_prefix, *v_branches = v.split(sizes, 2)
@@ -1151,7 +1151,7 @@ def pack(trajectories: list[Trajectory], budget=8192, device="cpu") -> list[Pack
 def _pack(trajectories, members, prefix, device):
     ids = list(trajectories[members[0]].ids[:prefix])
     positions = list(range(prefix))
-    spans = []
+    branches = []
     logits_indices = []
     targets = []
     owners = []
@@ -1161,7 +1161,7 @@ def _pack(trajectories, members, prefix, device):
         start = len(ids)
         ids += t.ids[prefix:]
         positions += range(prefix, len(t.ids))
-        spans.append((start, len(ids)))
+        branches.append((start, len(ids)))
         for pos in range(prefix, len(t.ids)):
             if not t.loss_mask[pos]:
                 continue
@@ -1175,7 +1175,7 @@ def _pack(trajectories, members, prefix, device):
         return torch.tensor(values, dtype=torch.long, device=device)
 
     return Pack(
-        layout=Packed(prefix, spans),
+        layout=Packed(prefix, branches),
         ids=tensor(ids),
         positions=tensor(positions),
         logits_indices=tensor(logits_indices),
