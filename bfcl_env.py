@@ -1391,7 +1391,9 @@ def select_tasks(args: argparse.Namespace) -> list[Task]:
 
 
 def _split_commas(text):
-    return [item.strip() for item in text.split(",") if item.strip()]
+    """Return the items of a list with commas, each once."""
+    items = [item.strip() for item in text.split(",")]
+    return [item for item in dict.fromkeys(items) if item]
 
 
 def start_process():

@@ -53,10 +53,11 @@ from transformers import PreTrainedTokenizerFast
 from bfcl_env import (CALL_FORMATS, BfclError, CallSyntaxError, judge, parse_calls, warn,
                       without_thoughts)
 from rollout import (DEFAULT_MODEL, Trajectory, add_sampling_flags, check_model, checksum, compute_dtype,
-                     filter_overlong, load_policy, mean_reward, number, rollout, run_main, sampling,
+                     filter_overlong, load_policy, mean_reward, nonempty, number, run_main, sampling,
                      transcript)
-from sft_rctp import (ROUNDING, atomic_write, check_and_record_settings, init_distributed, note_changes,
-                      open_run_dir, peak_memory_gb, read_metrics, work_has_begun)
+from sft_rctp import (ROUNDING, atomic_write, check_and_record_settings, finished_rollouts, init_distributed,
+                      note_changes, open_run_dir, peak_memory_gb, read_metrics, rollout_to_disk,
+                      work_has_begun)
 
 
 # ---- Roll out ----------------------------------------------------------------------------------------------
@@ -72,53 +73,18 @@ def roll_out_tasks(policy, tasks, make_env, reward_token, index, args, distribut
     Returns:
         The trajectories of all ranks, sorted by task id and sample.
     """
-    stem = f"{index}_{reward_token}"
-    old = finished(args.out, stem)
-    wanted = itertools.product(tasks, range(args.samples))  # (task, sample)
-    todo = [(task, sample) for task, sample in wanted if (task.id, sample) not in old]
-    mine = todo[distributed.rank::distributed.size]  # this rank's share
-    dist.barrier()  # every rank has read the same files before any rank writes
-    with (args.out / f"{stem}.rank{distributed.rank}.jsonl").open("a") as file:
-        if file.tell():
-            print(file=file)  # end the truncated last line of an interrupted run
-
-        def on_end(i, t):
-            t.sample = mine[i][1]
-            print(t.to_json(), file=file, flush=True)
-
-        rollout(policy,
-                [make_env(task) for task, _ in mine],
-                [None if reward_token == "none" else reward_token] * len(mine),
-                [(args.seed, 0, task.id, 0, sample) for task, sample in mine],
-                on_end=on_end,
-                progress=f"checkpoint {index}, {reward_token} token" if distributed.is_main else None,
-                **sampling(args))
-    dist.barrier()  # every rank has written its own file
-    return list(finished(args.out, stem).values())
-
-
-def finished(out, stem):
-    """Read the rollouts of one checkpoint and reward token from the files of all ranks.
-
-    Returns:
-        {(task id, sample): trajectory}, sorted.
-
-    Raises:
-        BfclError: for a line that is not a rollout, unless it is truncated.
-    """
-    found = {}  # a later line replaces an earlier one
-    for path in out.glob(f"{stem}.rank*.jsonl"):
-        if not re.fullmatch(rf"{stem}\.rank\d+\.jsonl", path.name):
-            continue  # a user's file
-        for n, line in enumerate(path.read_text().splitlines(), 1):
-            try:
-                t = Trajectory.from_json(line)
-            except BfclError as error:
-                raise BfclError(f"{path}, line {n}, is {error}; or delete that line") from None
-            except ValueError:  # truncated by an interrupted run
-                continue
-            found[t.task, t.sample] = t
-    return dict(sorted(found.items()))
+    found = rollout_to_disk(
+        args.out,
+        f"{index}_{reward_token}",
+        policy,
+        list(itertools.product(tasks, range(args.samples))),
+        make_env,
+        None if reward_token == "none" else reward_token,
+        lambda task, sample: (args.seed, 0, task.id, 0, sample),
+        f"checkpoint {index}, {reward_token} token",
+        distributed,
+        **sampling(args))
+    return list(found.values())
 
 
 # ---- Evaluate ----------------------------------------------------------------------------------------------
@@ -646,8 +612,12 @@ def refuse_foreign_results(args, call_format, tasks):
     """
     for category in sorted({task.category for task in tasks}):
         path = official_path(args, call_format, category)
-        if path.exists() and not work_has_begun(args.out):
+        if work_has_begun(args.out):
+            return
+        if path.exists():
             raise BfclError(f"{path} {FOREIGN}")
+        if [*path.parent.glob("BFCL_v4_*_result.json")]:
+            warn(f"{path.parent} has results already, which count as those of this checkpoint")
 
 
 def write_official(args, call_format, rows):
@@ -675,6 +645,8 @@ def write_official(args, call_format, rows):
 # Settings that must match for runs to be comparable.
 COMPARABLE = ("split_by", "split", "categories", "tasks", "max_tasks", "tool_docs", "protocol", "reward",
               "dtype", "temperature", "max_new_tokens", "max_sampled_tokens", "max_len")
+# What --compare needs of a row of eval.json.
+ROW = {"arm", "ckpt", "sha256", "call_format", "model", "stage_info", "correct"}
 # The preregistered comparison, evaluated with the high token, with equal rollout budgets. All others are
 # exploratory.
 PRIMARY = ("RCTP-FT + RC-GRPO", "RCTP-FT + GRPO (high token)")
@@ -709,6 +681,7 @@ def compared(folders):
         the rows of each arm).
     """
     rows, common = read_arms(folders)
+    name_differing_flags(rows)
     tasks = common["tasks that fit"]
     # The arm of PRIMARY that is the minuend comes first; the stable sort keeps the others in order.
     rows.sort(key=lambda row: row["arm"] != PRIMARY[0])
@@ -746,10 +719,11 @@ def read_arms(folders):
     common = None
     for folder in folders:
         [table] = read_json(folder, "eval.json", "table")
+        same, versions = read_json(folder, "config.json", "same", "versions")
+        known = bool(table) and all(ROW <= row.keys() for row in table)
+        if not known or not set(COMPARABLE) <= set(same):
+            raise BfclError(f"{folder} was written by another version of this code: evaluate again")
         for row in table:
-            same, versions = read_json(folder, "config.json", "same", "versions")
-            if not set(COMPARABLE) <= set(same):
-                raise BfclError(f"{folder} was written by another version of this code: evaluate again")
             facts = {name: same[name] for name in COMPARABLE}
             facts |= {"bfcl-eval": versions["bfcl-eval"],
                       # These three can differ under equal flags: then the models are not seeds of one arm.
@@ -757,6 +731,9 @@ def read_arms(folders):
                       "model": row["model"],
                       "thinking": row.get("thinking", "off")}
             for reward_token, correct in row["correct"].items():
+                if (row["sha256"], reward_token) in rows:
+                    warn(f"{folder}: {row['ckpt']} was evaluated before under {reward_token}; this "
+                         "evaluation replaces the earlier one")
                 rows[row["sha256"], reward_token] = {**row, "token": reward_token, "correct": correct}
                 facts["tasks that fit"] = sorted(correct)
                 common = common or dict(facts)
@@ -766,6 +743,21 @@ def read_arms(folders):
                     raise BfclError(f"{folders[0]} and {folder} cannot be compared ({'; '.join(differ)}): "
                                     "evaluate both with the same flags")
     return list(rows.values()), common
+
+
+def name_differing_flags(rows):
+    """Add to the name of an arm the flags in which its trainings differ: they are not its seeds."""
+    flags = {}  # (arm, stage, flag) -> its values
+    for row in rows:
+        for stage, values in row["stage_info"].get("flags", {}).items():
+            for name, value in values.items():
+                flags.setdefault((row["arm"], stage, name), []).append(value)
+    for row in rows:
+        arm = row["arm"]
+        for (name_of_arm, stage, name), values in flags.items():
+            if name_of_arm == arm and values.count(values[0]) < len(values):
+                own = row["stage_info"].get("flags", {}).get(stage, {})
+                row["arm"] += f", {stage} --{name} {own.get(name)}"
 
 
 def read_json(folder, name, *keys):
@@ -884,7 +876,7 @@ def show(args):
     index = same["checkpoints"] - 1  # the last checkpoint
     rollouts = []
     for reward_token in same["reward_tokens"]:
-        rollouts += finished(args.out, f"{index}_{reward_token}").values()
+        rollouts += finished_rollouts(args.out, f"{index}_{reward_token}").values()
     if args.show not in ("best", "worst"):
         rollouts = [t for t in rollouts if t.task == args.show]
     if not rollouts:
@@ -925,7 +917,7 @@ def parse_args():
         "(default: %(default)s)")
     add("--samples", type=number(int, 1), default=1,
         help="rollouts per task and reward token (default: %(default)s)")
-    add("--out",
+    add("--out", type=nonempty,
         help="folder of the evaluation; an interrupted one is continued (default: runs/eval; with --compare "
         "runs/compare)")
     add("--official_out", metavar="DIR", help="write result files for the official evaluator below DIR")
@@ -939,7 +931,7 @@ def parse_args():
     # The official files of a model hold all tasks, whatever our split is.
     args.split = args.split or ("all" if args.score else "test")
     args.out = Path(args.out or ("runs/compare" if args.compare else "runs/eval"))
-    args.reward_tokens = args.reward_tokens.split(",")
+    args.reward_tokens = list(dict.fromkeys(args.reward_tokens.split(",")))  # each once
     modes = [name for name in MODES if getattr(args, name)]
     check_args(args, modes)
     return modes[0], args
@@ -964,6 +956,8 @@ def check_args(args, modes):
         if len(args.ckpt) != 1 or len(args.reward_tokens) != 1 or args.samples != 1:
             raise BfclError("official result files hold one answer per task: give --official_out with one "
                             "--ckpt, one of --reward_tokens, and --samples 1")
+    if args.temperature == 0 and args.samples > 1:
+        raise BfclError("--temperature 0 is greedy: all samples of a task would be alike; give --samples 1")
     for ckpt in args.ckpt:
         check_model(ckpt)
 

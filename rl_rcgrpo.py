@@ -18,7 +18,7 @@ One step:
                     - beta KL(pi || pi_ref) ]                                                  (Eq. 8, 9)
 
 The ratio rho is per token by default, pi / pi_old as in GRPO, and the loss is averaged over the tokens of a
-rollout, then over rollouts. With one update per batch rho is 1 and never clipped; --update_epochs 2 makes two.
+rollout, then over rollouts. With one update per batch (--update_epochs 1) rho is 1 and never clipped.
 Algorithm 1 prints another ratio, --ratio trajectory: pi(tau_j) / pi_ref(tau_j), one per rollout, against the
 reference; it can be clipped from the run's second update on. The paper does not say what its batch size
 counts: here rollouts. --advantage and --dynamic_sampling implement other fixes for zero-std groups, so that
@@ -51,7 +51,8 @@ from rollout import (Pack, Trajectory, add_sampling_flags, check_model, checksum
                      run_main, sampling, token_logprobs, transcript)
 from sft_rctp import (TrainLoop, begin_run, check_and_record_settings, epoch_shuffle, export_checkpoint,
                       free_weights, get_lr, init_distributed, load_full_weights, offload_shards,
-                      optimizer_step, pad_packs, shard_model, synced_time, validate, validation_tasks)
+                      optimizer_step, pad_packs, shard_model, size_kv_cache, synced_time, validate,
+                      validation_tasks)
 
 ADVANTAGES = ("group", "within_reward_token", "mean_only", "sign", "virtual_success")
 RATIOS = ("per_token", "trajectory")
@@ -165,8 +166,9 @@ def main():
     chosen = bfcl_env.select_tasks(args)
     tasks = filter_overlong(sampler_policy, chosen, make_env, args.max_len)
     val_tasks = filter_overlong(sampler_policy, validation_tasks(args), make_env, args.max_len)
-    trainer_policy = load_policy(
-        args.model, torch.float32, "cpu", weights=distributed.is_main, thinking=args.thinking)
+    size_kv_cache(sampler_policy, val_tasks, make_env, args)
+    trainer_policy = distributed.together(
+        load_policy, args.model, torch.float32, "cpu", weights=distributed.is_main, thinking=args.thinking)
     sha256 = checksum(trainer_policy.model) if distributed.is_main else None
     sha256 = distributed.broadcast(sha256)
     check_and_record_settings(out, distributed, {"reference": sha256, "compute": str(dtype)})
@@ -236,8 +238,9 @@ def stage2_info(policy, tasks, rollouts, args):
             "advantage": args.advantage,
             "ratio": args.ratio,
             "dynamic_sampling": args.dynamic_sampling,
-            "rollouts": rollouts,
-            "tasks": sorted(trained_on)}
+            "rollouts": policy.stage_info.rollouts + rollouts,
+            "tasks": sorted(trained_on),
+            "flags": {**policy.stage_info.flags, "stage 2": sft_rctp.training_flags(args)}}
 
 
 def update_policy(model, optimizer, packs: list[Pack], banned, args, distributed):

@@ -1022,8 +1022,8 @@ def sample_token(logits, uniform, greedy=False):
         ids = logits.argmax(-1)
     else:
         cdf = logp.exp().cumsum(-1)  # [B, V]
-        # Take the first id whose CDF exceeds this point. A number of `keyed_uniforms` is at most 1 - 2^-24, so
-        # the rounded product is below the last CDF, and an id with p = 0 is never taken.
+        # Take the first id whose CDF exceeds this point. A number of `keyed_uniforms` is at most 1 - 2^-24,
+        # so the rounded product is below the last CDF, and an id with p = 0 is never taken.
         point = uniform * cdf[:, -1]  # [B]
         ids = torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
         ids = ids.clamp(max=logits.shape[1] - 1)  # NaN logits, which `Sampler.decode` refuses
@@ -1260,6 +1260,7 @@ class StageInfo:
     date: str | None = None  # argument of `Chat`: the date that the template prints
     reward_ids: dict | None = None
     prompt_sha256: str | None = None  # `Chat.fingerprint`
+    flags: dict = field(default_factory=dict)  # {"stage 1", "stage 2": the flags of that training}
     # The remaining fields belong to stage 2.
     reward_tokens: str | None = None  # mixed, high, low or none
     advantage: str | None = None
@@ -1279,7 +1280,10 @@ def read_stage_info(model):
     if not path:
         return StageInfo()
     try:
-        return StageInfo(**json.loads(Path(path).read_text()))
+        stage_info = StageInfo(**json.loads(Path(path).read_text()))
+        if not stage_info.arm or not all(isinstance(task_id, str) for task_id in stage_info.tasks):
+            raise ValueError("no arm, or no ids of tasks")
+        return stage_info
     except (TypeError, ValueError) as error:
         raise BfclError(f"{path} is not of this version ({error}): train that stage again") from None
 
@@ -1363,6 +1367,8 @@ def check_model(name):
         reason = ""
         if re.fullmatch(HUB_ID, name):
             reason = f" (not taken as a hub id, since there is a local {owner}: rename it or run elsewhere)"
+        if (Path(name) / "done.json").exists():
+            reason = f" (a checkpoint: `python sft_rctp.py --export {name}` makes it a model)"
         raise BfclError(f"no model at {name!r}{reason}: give a directory with a model's config.json (such as "
                         "runs/NAME/model), a hub id (such as Qwen/Qwen2.5-0.5B-Instruct), or "
                         f"{DEFAULT_MODEL}")
@@ -1477,7 +1483,7 @@ def make_policy(name, model, tokenizer, thinking=None, check=True) -> Policy:
         thinking: as in `load_policy`.
         check: compare the three attention layouts with the model's own forward.
     """
-    check_architecture(name, model)
+    check_architecture(name, model, tokenizer)
     stage_info = read_stage_info(name)
     thinking = resolve_thinking(name, stage_info, thinking)
     add_reward_tokens(model, tokenizer)
@@ -1499,7 +1505,7 @@ def make_policy(name, model, tokenizer, thinking=None, check=True) -> Policy:
         model.set_attn_implementation("shared_prefix")
         if check:
             policy.gaps = check_layouts(policy, *reference)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, BfclError):
         raise
     except Exception as error:  # an architecture can raise anything
         kind = model.config.model_type
@@ -1507,8 +1513,9 @@ def make_policy(name, model, tokenizer, thinking=None, check=True) -> Policy:
     return policy
 
 
-def check_architecture(name, model):
-    """Refuse a model whose config shows that its attention or its head is not supported.
+def check_architecture(name, model, tokenizer):
+    """Refuse a model whose config shows that its attention or its head is not supported, or whose tokenizer
+    is another model's.
 
     Raises:
         BfclError: with the reason.
@@ -1530,6 +1537,11 @@ def check_architecture(name, model):
     if reason:
         raise BfclError(f"{name} ({config.model_type}) {reason}: only text models with causal attention and "
                         "a head that is one matrix are served; take one such as Llama, Qwen2 or Qwen3")
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids = [i for text, i in tokenizer.get_vocab().items() if text not in REWARD_TOKENS.values()]
+    if max(ids) >= rows:
+        raise BfclError(f"{name}: its tokenizer has ids up to {max(ids)}, but it has embeddings for {rows} "
+                        "ids alone: take the tokenizer that belongs to these weights")
 
 
 def resolve_thinking(name, stage_info, wanted):
@@ -1553,6 +1565,9 @@ def plain_logprobs(policy):
     Returns:
         ids [16]; the log-probs [16, V] of the token after each; and the largest difference from those of
         another attention kernel of torch, which shows what rounding does to this model.
+
+    Raises:
+        BfclError: if the log-probs are NaN.
     """
     banned = policy.banned
     allowed = (~banned).nonzero()[:, 0]
@@ -1565,6 +1580,9 @@ def plain_logprobs(policy):
     plain = logprobs()
     with sdpa_kernel(SDPBackend.MATH):
         other = logprobs()
+    if plain.isnan().any():
+        raise BfclError(f"{policy.name}: its log-probs are NaN: its weights are broken, or too large for "
+                        f"{policy.model.dtype}")
     rounding = (other - plain)[:, ~banned].abs().max().item()
     return ids, plain, rounding
 
@@ -2109,6 +2127,13 @@ def number(kind: type, low, high=float("inf")):
 
     parse.__name__ = kind.__name__  # argparse prints it: "invalid int value: 'x'"
     return parse
+
+
+def nonempty(text):
+    """Return the path, as an argparse type: an unset variable of a shell gives "", the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the folder has no name: give one")
+    return text
 
 
 def cuda_graphs(text):

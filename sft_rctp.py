@@ -18,7 +18,7 @@ the two to produce:
 
 Read Stage 1, Sharding and The update; the rest serves them and stage 2. Sections, in order:
 Gold calls and mistakes, Trajectories, Stage 1; Distributed set-up, Sharding, The update, Checkpoints,
-The training loop, Validation, The run directory, Flags.
+The training loop, Rollouts on disk and validation, The run directory, Flags.
 """
 import argparse
 import contextlib
@@ -57,14 +57,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from safetensors import SafetensorError
 from torch.distributed.tensor import distribute_tensor
 from tqdm import tqdm
 
 from bfcl_env import BfclError, Call, Episode, judge, warn, write_calls
-from rollout import (DEFAULT_MODEL, STAGE_INFO, Pack, StageInfo, Trajectory, add_sampling_flags,
+from rollout import (DEFAULT_MODEL, STAGE_INFO, Pack, Sampler, StageInfo, Trajectory, add_sampling_flags,
                      answer_messages, check_model, checksum, compute_dtype, dummy_pack, filter_overlong,
-                     load_policy, mean_reward, number, pack, rollout, run_main, sampling, tie_head,
-                     token_logprobs, transcript)
+                     load_policy, mean_reward, nonempty, number, pack, read_stage_info, rollout, run_main,
+                     sampling, tie_head, token_logprobs, transcript)
 
 
 # ---- Gold calls and mistakes -------------------------------------------------------------------------------
@@ -295,33 +296,40 @@ def sample_failures_once(path, policy, model, tasks, make_env, args, distributed
 def sample_failures(path, policy, tasks, make_env, args, distributed):
     """Write one failed rollout per task to a file: the first of at most --failure_tries that fails.
 
-    The rollouts are made without a reward token and divided among the ranks. Their random numbers depend on
-    the seed, the task and the try alone, so a run that was killed before the file is complete makes the same
-    ones again (in bf16 with the same number of ranks and --kv_gb).
+    The rollouts are made without a reward token. Their random numbers depend on the seed, the task and the
+    try alone. A killed run goes on with those that are missing, in bf16 up to rounding.
 
     Raises:
         BfclError: On every rank, if no rollout fails."""
-    mine = tasks[distributed.rank::distributed.size]
     # The text of the reward token comes into the prompt later. The conversation must still fit.
     limits = {**sampling(args), "max_len": min(args.max_len, policy.max_len) - SUFFIX}
-    failures = []
+    successful = tasks  # in all tries so far
     for n in range(args.failure_tries):
-        sampled = rollout(
+        found = rollout_to_disk(
+            path.parent,
+            path.stem,
             policy,
-            [make_env(task) for task in mine],
-            [None] * len(mine),
-            [(args.seed, "failures", task.id, 0, n) for task in mine],
-            progress=f"failures, try {n + 1}" if distributed.is_main else None,
+            [(task, n) for task in successful],
+            make_env,
+            None,
+            lambda task, n: (args.seed, "failures", task.id, 0, n),
+            f"failures, try {n + 1}",
+            distributed,
             **limits)
-        failures += [t for t in sampled if t.reward < 1 and 1 in t.loss_mask]
-        mine = [task for task, t in zip(mine, sampled) if t.reward == 1]
-    failures = sorted(distributed.gather(failures), key=lambda t: t.task)
+        successful = [task for task in successful if found[task.id, n].reward == 1]
+    failures = {}  # task id -> its first failure
+    for (task_id, _), t in found.items():
+        if t.reward < 1 and 1 in t.loss_mask:
+            failures.setdefault(task_id, t)
     distributed.print0(f"{len(failures)} of {len(tasks)} tasks have a failed rollout; in the others all "
                        f"{args.failure_tries} tries succeed, or the prompt is too long")
     if not failures:
         raise BfclError("no rollout of --model failed: raise --failure_tries, or take other tasks")
-    text = "".join(t.to_json() + "\n" for t in failures)
+    text = "".join(t.to_json() + "\n" for t in failures.values())
     distributed.on_main(atomic_write, path, text)  # the other ranks wait for the file
+    if distributed.is_main:
+        for file in rollout_files(path.parent, path.stem):
+            file.unlink()
 
 
 def read_rollouts(policy, tasks, make_env, args, files, reward_token_of):
@@ -339,6 +347,8 @@ def read_rollouts(policy, tasks, make_env, args, files, reward_token_of):
                 t = Trajectory.from_json(line)
                 if t.task not in tasks_by_id or 1 not in t.loss_mask:
                     continue
+                if not all(type(i) is int and 0 <= i < len(policy.banned) for i in t.ids):
+                    raise ValueError("ids outside of the vocabulary")
                 messages = make_env(tasks_by_id[t.task]).messages()
                 found.append(_relabel(t, policy.chat, messages, args.reward, reward_token_of))
             except (BfclError, KeyError, TypeError, ValueError) as error:
@@ -383,9 +393,12 @@ def pair_rollouts(trajectories: list[Trajectory], limit):
     successes = [t for t in short if t.reward == 1]
     failures = [t for t in short if t.reward < 1]
     pairs = [list(pair) for pair in zip(successes, failures)]
+    counts = f"{len(successes)} successes and {len(failures)} failures in the chosen tasks"
     if not pairs:
-        raise BfclError(f"--rollouts has {len(successes)} successes and {len(failures)} failures in the "
-                        f"chosen tasks, {left_out} too long: it needs both; give more files, or tasks")
+        raise BfclError(f"--rollouts has {counts}, {left_out} too long: it needs both; give more files, or "
+                        "tasks")
+    if len(short) > 2 * len(pairs):
+        warn(f"--rollouts has {counts}: {len(short) - 2 * len(pairs)} have no partner and are not used")
     return pairs, left_out
 
 
@@ -493,18 +506,15 @@ def main():
     tasks = bfcl_env.select_tasks(args)
     val_tasks = validation_tasks(args)
     torch.manual_seed(args.seed)  # only the weights of the `tiny` model are drawn from this generator
-    policy = load_policy(args.model, torch.float32, "cpu", weights=distributed.is_main,
-                         thinking=args.thinking)
+    policy = distributed.together(load_policy, args.model, torch.float32, "cpu",
+                                  weights=distributed.is_main, thinking=args.thinking)
     call_format = policy.call_format(args.call_format)
     make_env = bfcl_env.make_env_fn(args, call_format)
     banned = policy.banned.to(distributed.device)
     dtype = compute_dtype(args.dtype, distributed.device)
-
-    weights_sha256 = checksum(policy.model) if distributed.is_main else None
-    settings = {"weights": distributed.broadcast(weights_sha256),
-                "compute": str(dtype),
-                "rollouts": bool(args.rollouts)}  # their content is compared once the data are made
-    check_and_record_settings(out, distributed, settings)
+    sha256 = checksum(policy.model) if distributed.is_main else None
+    check_and_record_settings(out, distributed, {
+        "weights": distributed.broadcast(sha256), "compute": str(dtype), "rollouts": bool(args.rollouts)})
     val_tasks = filter_overlong(policy, val_tasks, make_env, args.max_len)
     to_sample = args.failures == "sampled" and not args.rollouts
     if val_tasks or to_sample:
@@ -512,6 +522,7 @@ def main():
         sampler_policy = load_policy(
             args.model, dtype, distributed.device, weights=False, thinking=args.thinking)
         free_weights(sampler_policy.model)
+        size_kv_cache(sampler_policy, val_tasks, make_env, args)
     model, optimizer = shard_model(policy, args, dtype, distributed)  # from here on policy.model is sharded
 
     # steps 1 and 2: successes and failures, played or sampled, and rendered
@@ -575,7 +586,8 @@ def check_data(data, tasks, args, out, distributed):
         BfclError: If it is not."""
     if not data:
         raise BfclError(f"none of the {len(tasks)} tasks gives a pair that fits --max_len {args.max_len}: "
-                        "raise it, or take smaller --tool_docs, with a new --out")
+                        "raise it, or take smaller --tool_docs, with a new --out; with --failures sampled "
+                        "and --rollouts the files must have failures of these tasks")
     digest = hashlib.sha256(str([t.ids for t in data]).encode()).hexdigest()
     check_and_record_settings(out, distributed, {"data": digest})
 
@@ -597,7 +609,8 @@ def stage1_info(policy, data, call_format, args):
         arm=args.arm,
         data_source="rollouts" if args.rollouts and args.failures == "written" else args.failures,
         stage1_reward_tokens=sorted({t.reward_token or "none" for t in data}),
-        tasks=sorted({t.task for t in data}),
+        tasks=sorted({t.task for t in data} | {*policy.stage_info.tasks}),
+        flags={"stage 1": training_flags(args)},
         reward_ids=policy.reward_ids,
         prompt_sha256=policy.chat.fingerprint,
         thinking=policy.chat.thinking,
@@ -647,15 +660,22 @@ class Distributed:
         if complaints:
             raise BfclError(complaints[0])
 
+    def together(self, function, *args, **kwargs):
+        """Return the result of a function that every rank calls. If it fails on one, it fails on all.
+
+        Raises:
+            BfclError: On every rank, if any rank's call does."""
+        result = complaint = None
+        try:
+            result = function(*args, **kwargs)
+        except BfclError as error:
+            complaint = str(error)
+        self.raise_together(complaint)
+        return result
+
     def on_main(self, function, *args):
         """Call a function on rank 0 alone, and raise its BfclError on every rank."""
-        complaint = None
-        if self.is_main:
-            try:
-                function(*args)
-            except BfclError as error:
-                complaint = str(error)
-        self.raise_together(complaint)
+        self.together(lambda: function(*args) if self.is_main else None)
 
 
 def init_distributed() -> Distributed:
@@ -842,17 +862,14 @@ def optimizer_step(model, optimizer, packs: list[Pack], loss_of, distributed):
     return norm, total
 
 
-def return_free_memory(meminfo=Path("/proc/meminfo")):
-    """Return the free parts of the heap to the system when memory is short (Linux, glibc).
+def return_free_memory():
+    """Return the free parts of the heap to the system, where the C library can (glibc).
 
-    That heap grows from update to update, since tensors of other sizes do not fill the gaps: in twelve
-    updates of SmolLM2-135M from 5.4 to 17.5 GiB. NOTE: not after each update, which took 10 to 20 %
-    longer: every page that is returned must be mapped again."""
-    if not meminfo.exists():
-        return
-    sizes = dict(line.split()[:2] for line in meminfo.read_text().splitlines())
+    The heap would grow from update to update, since tensors of other sizes do not fill its gaps: in twelve
+    updates of SmolLM2-135M from 5.4 to 17.5 GiB. An update takes 1.4 +- 3.3 s longer, since returned memory
+    must be mapped again."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim and int(sizes["MemAvailable:"]) < int(sizes["MemTotal:"]) / 4:
+    if trim:
         trim(0)
 
 
@@ -926,7 +943,8 @@ class Checkpointer:
             dcp.save(self._tensors(), checkpoint_id=partial)
             if self.distributed.is_main:
                 atomic_write(partial / "done.json", {"step": step, **state})
-                shutil.rmtree(final, ignore_errors=True)
+                if final.exists():  # a damaged one
+                    self._remove(final)
                 partial.rename(final)
         except (OSError, dcp.api.CheckpointException) as error:
             reason = str(error).strip().splitlines()[-1]
@@ -937,12 +955,16 @@ class Checkpointer:
             # A damaged checkpoint of a later step may be there; it is not counted.
             until_now = complete[:complete.index(final) + 1]
             for old in until_now[:-self.save_total_limit]:
-                # NOTE: The mark goes first. Else a kill leaves a partial checkpoint that looks complete.
-                (old / "done.json").unlink()
-                shutil.rmtree(old)
+                self._remove(old)
+
+    def _remove(self, path):
+        # NOTE: Renamed first. Else a kill leaves a partial checkpoint that looks complete.
+        removed = path.with_suffix(".removed")
+        path.rename(removed)
+        shutil.rmtree(removed)
 
     def load(self):
-        """Remove partial checkpoints, and load the newest readable one into the model and the optimizer.
+        """Clear what a kill has left; load the newest readable checkpoint into the model and the optimizer.
 
         Returns:
             {"step": 10, **state}, or {"step": 0} without a checkpoint.
@@ -954,8 +976,7 @@ class Checkpointer:
         if self.distributed.is_main:
             for path in self.folder.glob("step_*"):
                 # A killed process was saving or removing it. Other names are the user's.
-                is_ours = path.is_dir() and re.fullmatch(r"step_\d{6,}(\.partial)?", path.name)
-                if is_ours and path not in complete:
+                if path.is_dir() and re.fullmatch(r"step_\d{6,}\.(partial|removed)", path.name):
                     shutil.rmtree(path)
         for path in reversed(complete):
             try:
@@ -1107,12 +1128,16 @@ def write_model(out, name, policy, weights, step, stage_info):
     final = out / name
     partial = out / f"{name}.partial"
     lines = read_metrics(out)
-    minutes = sum(line["step_time"] for line in lines if line["step"] <= step) / 60
+    minutes = sum(line.get("step_time", 0) for line in lines if line["step"] <= step) / 60
     shutil.rmtree(partial, ignore_errors=True)
     # `generate` of other programs stops where the messages of this policy end.
     policy.model.generation_config.eos_token_id = sorted(policy.chat.stop_ids)
-    policy.model.save_pretrained(partial, state_dict=weights)
-    policy.tokenizer.save_pretrained(partial)
+    try:
+        policy.model.save_pretrained(partial, state_dict=weights)
+        policy.tokenizer.save_pretrained(partial)
+    except SafetensorError as error:  # a full disk
+        raise BfclError(f"{final} cannot be written ({error}): make room and type the same command "
+                        "again") from None
     atomic_write(partial / STAGE_INFO, {**stage_info, "minutes": minutes})
     partial.rename(final)
     next_command = "torchrun rl_rcgrpo.py --model"
@@ -1167,7 +1192,72 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-# ---- Validation --------------------------------------------------------------------------------------------
+# ---- Rollouts on disk, validation --------------------------------------------------------------------------
+def rollout_to_disk(out, stem, policy, jobs, make_env, reward_token, key_of, title, distributed, **limits):
+    """Sample jobs, divided among the ranks, and append each rollout to a file as soon as it has ended.
+
+    A job whose rollout is on disk is skipped, so that a killed command loses only the unfinished ones.
+
+    Args:
+        out, stem: The rank r appends to OUT/STEM.rank{r}.jsonl.
+        jobs: (task, sample) each, where `sample` tells the rollouts of a task apart.
+        reward_token: "high", "low" or None.
+        key_of: Function from a job's task and sample to the key of its random numbers.
+        title: Of the progress bar.
+        limits: Arguments of `rollout`.
+
+    Returns:
+        The rollouts of all ranks, {(task id, sample): trajectory}, sorted."""
+    old = finished_rollouts(out, stem)
+    todo = [(task, sample) for task, sample in jobs if (task.id, sample) not in old]
+    mine = todo[distributed.rank::distributed.size]  # this rank's share
+    distributed.gather([])  # every rank has read the same files before any rank writes
+    with (out / f"{stem}.rank{distributed.rank}.jsonl").open("a") as file:
+        if file.tell():
+            print(file=file)  # end the truncated last line of an interrupted run
+
+        def on_end(i, t):
+            t.sample = mine[i][1]
+            print(t.to_json(), file=file, flush=True)
+
+        rollout(
+            policy,
+            [make_env(task) for task, _ in mine],
+            [reward_token] * len(mine),
+            [key_of(*job) for job in mine],
+            on_end=on_end,
+            progress=title if distributed.is_main else None,
+            **limits)
+    distributed.gather([])  # every rank has written its own file
+    return finished_rollouts(out, stem)
+
+
+def rollout_files(out, stem) -> list[Path]:
+    return [path for path in out.glob(f"{stem}.rank*.jsonl")
+            if re.fullmatch(rf"{stem}\.rank\d+\.jsonl", path.name)]  # others are the user's
+
+
+def finished_rollouts(out, stem):
+    """Read the rollouts that all ranks have written.
+
+    Returns:
+        {(task id, sample): trajectory}, sorted.
+
+    Raises:
+        BfclError: For a line that is not a rollout, unless it is truncated."""
+    found = {}  # a later line replaces an earlier one
+    for path in rollout_files(out, stem):
+        for n, line in enumerate(path.read_text().splitlines(), 1):
+            try:
+                t = Trajectory.from_json(line)
+            except BfclError as error:
+                raise BfclError(f"{path}, line {n}, is {error}; or delete that line") from None
+            except ValueError:  # truncated by an interrupted run
+                continue
+            found[t.task, t.sample] = t
+    return dict(sorted(found.items()))
+
+
 def validation_tasks(args, trained: set[str] = frozenset()):
     """Return --eval_limit tasks of the split's validation part, or none with --eval_every 0.
 
@@ -1183,6 +1273,18 @@ def validation_tasks(args, trained: set[str] = frozenset()):
         raise BfclError("validation tasks are among those trained on (--split or --tasks): add "
                         "--eval_every 0")
     return tasks
+
+
+def size_kv_cache(policy, tasks, make_env, args):
+    """Make the KV cache of a validation once before the first update. If --kv_gb is too small, all steps up
+    to the first validation would be lost.
+
+    Raises:
+        BfclError: If it is."""
+    limits = sampling(args)
+    del limits["reward"]
+    envs = [make_env(task) for task in tasks]
+    Sampler(policy, **limits).add_requests(envs, ["high"] * len(envs), [(task.id,) for task in tasks])
 
 
 def validate(policy, tasks, reward_tokens, make_env, args, distributed):
@@ -1235,6 +1337,12 @@ def begin_run(args, distributed):
     return out
 
 
+def training_flags(args):
+    """Return the flags that make a training what it is, except its seed: those of an arm."""
+    others = IGNORED_ON_RESUME + ROUNDING + ("seed", "eval_every", "eval_limit")
+    return {name: value for name, value in vars(args).items() if name not in others}
+
+
 def is_finished(out):
     return (out / "model").exists() and read_config(out).get("finished", False)
 
@@ -1278,12 +1386,15 @@ def open_config(out, args, distributed):
     """Write config.json for a new run; check that an old one is of this script and version.
 
     Raises:
-        BfclError: If it is not."""
+        BfclError: If it is not, or if there is none, but folders that a run would write into."""
     begun = work_has_begun(out)
     if begun or (out / "config.json").exists():
         known_flags = read_config(out)["args"].keys()
         if begun and known_flags != vars(args).keys():
             raise BfclError(f"{out} holds a run of another script, or of another version: give a new --out")
+    for name in ("checkpoints", "rollouts"):
+        if (out / name).exists() and not (out / "config.json").exists():
+            raise BfclError(f"{out / name} is not of this run, which would write there: give another --out")
     if not begun:
         write_config(out, args, distributed)
 
@@ -1420,7 +1531,7 @@ def read_metrics(out):
     for text in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             line = json.loads(text)
-            if isinstance(line, dict) and "step" in line:
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
                 found.append(line)
     return found
 
@@ -1432,8 +1543,9 @@ def plot_curves(out):
     lines = read_metrics(out)
     steps = [line["step"] for line in lines]
     names = [name for name in CONSOLE_METRICS if any(name in line for line in lines)]
-    figure, axes = plt.subplots(len(names), 1, sharex=True, squeeze=False, layout="constrained",
-                                figsize=(6, 1.5 * len(names)))
+    rows = max(1, len(names))  # 0: a user has emptied the log
+    figure, axes = plt.subplots(rows, 1, sharex=True, squeeze=False, layout="constrained",
+                                figsize=(6, 1.5 * rows))
     for axis, name in zip(axes[:, 0], names):
         axis.plot(steps, [line.get(name) for line in lines], ".-")
         axis.set_title(name)
@@ -1451,7 +1563,7 @@ def add_training_flags(parser: argparse.ArgumentParser, out, lr):
     Args:
         out, lr: The script's defaults of --out and --lr."""
     add = parser.add_argument_group("training").add_argument
-    add("--out", default=out,
+    add("--out", default=out, type=nonempty,
         help="run directory; a run that it already holds is resumed (default: %(default)s)")
     add("--export", metavar="RUN",
         help="write the newest checkpoint of a run, or RUN/checkpoints/step_000010, as a Hugging Face "
@@ -1467,7 +1579,7 @@ def add_training_flags(parser: argparse.ArgumentParser, out, lr):
         "them; auto: on above a billion parameters (default: %(default)s)")
     add("--dtype", default="auto", choices=("auto", "bf16", "fp32"),
         help="compute dtype; auto: bf16 where the hardware has it, else fp32 (default: %(default)s)")
-    add("--seed", default=0, type=number(int, 0),
+    add("--seed", default=0, type=number(int, 0, 2**63 - 1),
         help="random seed of data, order and sampling (default: %(default)s)")
     add("--save_every", default=50, type=number(int, 0),
         help="steps between checkpoints; one more follows the last step; 0: none (default: %(default)s)")
@@ -1518,7 +1630,8 @@ def parse_args(argv: list[str] | None = None):
         if not Path(file).is_file():
             raise BfclError(f"--rollouts {file}: there is no such file")
     check_model(args.model)
-    validation_tasks(args, {task.id for task in bfcl_env.select_tasks(args)})
+    trained = {task.id for task in bfcl_env.select_tasks(args)} | {*read_stage_info(args.model).tasks}
+    validation_tasks(args, trained)
     return args
 
 

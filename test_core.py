@@ -7,6 +7,7 @@ import ast
 import collections
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import decimal
 import doctest
@@ -51,6 +52,7 @@ from bfcl_eval.eval_checker.multi_turn_eval import (
     multi_turn_utils as executor
 )
 from bfcl_eval.eval_checker.multi_turn_eval.func_source_code import long_context, posting_api
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -404,14 +406,17 @@ def test_a_checkpoint_of_nan_is_refused(tmp_path):
 
     save_model(tmp_path, broken)
 
-    with pytest.raises(BfclError, match="off by nan"):
+    with pytest.raises(BfclError, match="its log-probs are NaN: its weights are broken"):
         load_policy(str(tmp_path), torch.float32)
 
 
-def test_a_damaged_stage_file_is_named(tmp_path):
-    """A file that a full disk has cut off ends in a traceback."""
+@pytest.mark.parametrize("text", [
+    '{"stage": "rc', "7", '{"stage": "rctp"}', '{"stage": "rctp", "arm": "rctp", "tasks": null}',
+    '{"stage": "rctp", "arm": "rctp", "tasks": [7]}'])
+def test_a_damaged_stage_file_is_named(tmp_path, text):
+    """A file that a full disk has cut off, or that was edited, ends in a traceback."""
     save_model(tmp_path)
-    (tmp_path / R.STAGE_INFO).write_text('{"stage": "rc')
+    (tmp_path / R.STAGE_INFO).write_text(text)
 
     with pytest.raises(BfclError, match="rcgrpo.json is not of this version"):
         R.read_stage_info(str(tmp_path))
@@ -1016,6 +1021,14 @@ def test_a_tokenizer_with_one_reward_token_gets_the_other(tmp_path):
     high, low = (policy.model.get_input_embeddings().weight[i] for i in policy.reward_ids.values())
     assert policy.reward_ids == {"high": 260, "low": 259}
     assert not torch.equal(high, low)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    """Its ids beyond the weights would get new, random embeddings, in silence."""
+    save_model(tmp_path, vocab_size=200)
+
+    with pytest.raises(BfclError, match="ids up to 258, but it has embeddings for 200 ids alone"):
+        load_policy(str(tmp_path), torch.float32)
 
 
 def test_an_adapter_is_refused(tmp_path):
@@ -2745,25 +2758,24 @@ def test_an_infinite_loss_with_a_finite_gradient_is_skipped(distributed):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc can")
-@pytest.mark.parametrize("available, returned", [(24, True), (26, False)])
-def test_free_memory_goes_back_to_the_system_when_it_is_short(tmp_path, available, returned):
-    """A run of stage 1 grows from 5 to 17 GiB and is killed; to return all memory always is slow."""
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text(f"MemTotal:  100 kB\nMemFree:  1 kB\nMemAvailable:  {available} kB\n")
+def test_free_memory_goes_back_to_the_system():
+    """A run of stage 1 grows from 5 to 17 GiB and is killed."""
     texts = [b"x" * 100_000 for _ in range(3000)]
     kept = texts[::100]  # so that the heap cannot shrink at its end
     before = bench.process_bytes("VmRSS")
     del texts
 
-    sft_rctp.return_free_memory(meminfo)
+    sft_rctp.return_free_memory()
 
-    assert (before - bench.process_bytes("VmRSS") > 200e6) == returned
+    assert before - bench.process_bytes("VmRSS") > 200e6
     assert len(kept) == 30
 
 
-def test_memory_is_returned_where_there_is_such_a_file(tmp_path):
-    """A Mac has no /proc."""
-    sft_rctp.return_free_memory(tmp_path / "meminfo")
+def test_another_c_library_returns_nothing(monkeypatch):
+    """A Mac's has no such function."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace())
+
+    sft_rctp.return_free_memory()
 
 
 def test_each_update_returns_its_memory(distributed, monkeypatch):
@@ -2934,6 +2946,18 @@ def test_a_checkpoint_restores_weights_and_moments(checkpointers):
     assert all(map(torch.equal, make_step(loading), make_step(saving)))
 
 
+def test_a_disk_that_is_full_at_the_end_is_told(tmp_path, monkeypatch):
+    """The library's own exception ends in a traceback."""
+    def fail(*_, **__):
+        raise SafetensorError("File too large")
+
+    policy = tiny_policy()
+    monkeypatch.setattr(policy.model, "save_pretrained", fail)
+
+    with pytest.raises(BfclError, match="model cannot be written .File too large.: make room"):
+        sft_rctp.write_model(tmp_path, "model", policy, {}, 1, {"stage": "rctp"})
+
+
 def test_a_full_disk_leaves_the_older_checkpoints(checkpointers, tmp_path):
     """A checkpoint that is half written must never be loaded, nor cost an older one."""
     saving, loading = checkpointers
@@ -2970,6 +2994,31 @@ def test_a_users_files_beside_checkpoints_stay(checkpointers, tmp_path, name, is
 
     assert state["step"] == 4
     assert theirs.exists()
+    assert [path.name for path in loading.complete()] == ["step_000004", "step_000005"]
+
+
+def test_a_folder_that_is_no_checkpoint_stays(checkpointers, tmp_path):
+    """The checkpoint of another trainer, put beside ours, is deleted. What our own removals leave must go."""
+    _, loading = checkpointers
+    (tmp_path / "step_000100").mkdir()
+    (tmp_path / "step_000100/weights.pt").write_text("theirs")
+    (tmp_path / "step_000001.removed").mkdir()
+
+    loading.load()
+
+    assert (tmp_path / "step_000100/weights.pt").read_text() == "theirs"
+    assert not (tmp_path / "step_000001.removed").exists()
+
+
+def test_a_killed_removal_leaves_no_checkpoint(checkpointers, tmp_path, monkeypatch):
+    """Half of an old checkpoint would look complete."""
+    _, loading = checkpointers
+    loading.save_total_limit = 1
+    monkeypatch.setattr(shutil, "rmtree", None)  # to call it is the kill
+
+    with pytest.raises(TypeError):
+        loading.save(5, {})
+
     assert [path.name for path in loading.complete()] == ["step_000004", "step_000005"]
 
 
@@ -4035,6 +4084,15 @@ def test_a_rollout_that_is_too_long_is_counted(written, rollouts, tmp_path):
     assert left_out == 1
 
 
+def test_rollouts_without_a_partner_are_told(written, rollouts, tmp_path, capsys):
+    """With one success most of a file is not used, and nothing says so."""
+    read_back(written, rollouts, tmp_path, rollouts.success, rollouts.failure)
+    assert capsys.readouterr().err == ""
+
+    read_back(written, rollouts, tmp_path, rollouts.success, rollouts.failure, rollouts.second_failure)
+    assert "1 successes and 2 failures in the chosen tasks: 1 have no partner" in capsys.readouterr().err
+
+
 def test_rollouts_are_paired_by_chance(written, rollouts, tmp_path):
     """Files are in the order of their tasks: without a shuffle the surplus that is left out is always of the
     same tasks."""
@@ -4054,6 +4112,8 @@ def test_rollouts_are_paired_by_chance(written, rollouts, tmp_path):
     (["success", "failure"], "[1]\n", "line 3"),
     (["success", "other_prompt"], "", "line 2"),
     (["success", "short_mask"], "", "line 2"),
+    (["success", "beyond"], "", "line 2.*outside of the vocabulary"),
+    (["success", "text"], "", "line 2.*outside of the vocabulary"),
     (["success"], "", "1 successes and 0 failures"),
     (["failure", "second_failure"], "", "0 successes and 2 failures"),
 ])
@@ -4063,6 +4123,8 @@ def test_rollouts_that_cannot_be_learned_from_are_refused(written, rollouts, tmp
     failure = rollouts.failure
     rollouts.other_prompt = dataclasses.replace(failure, ids=failure.ids[1:])
     rollouts.short_mask = dataclasses.replace(failure, loss_mask=failure.loss_mask[:-1])
+    rollouts.beyond = dataclasses.replace(failure, ids=[*failure.ids[:-1], 10**6])
+    rollouts.text = dataclasses.replace(failure, ids=[*failure.ids[:-1], "7"])
     lines = [getattr(rollouts, name) for name in names]
 
     with pytest.raises(BfclError, match=words):
@@ -4075,15 +4137,19 @@ def test_rollouts_under_other_tool_docs_are_refused(written, rollouts, tmp_path)
         read_back(written, rollouts, tmp_path, rollouts.success, rollouts.failure, tool_docs="slim")
 
 
-def draw_failures(folder, names, rank=0, size=1, **flags):
-    """Return the lines that --failures sampled writes for toy tasks whose texts are rewarded by `coin`."""
-    distributed = types.SimpleNamespace(
-        rank=rank, size=size, is_main=False, gather=lambda values: values,
+def lone_rank(rank=0, size=1):
+    """A rank whose others are not there."""
+    return types.SimpleNamespace(
+        rank=rank, size=size, is_main=rank == 0, gather=lambda values: values,
         on_main=lambda function, *arguments: function(*arguments), print0=print)
+
+
+def draw_failures(folder, names, reward=None, **flags):
+    """Return the lines that --failures sampled writes for toy tasks whose texts are rewarded by `coin`."""
     tasks = [ToyEnv(name) for name in names]
     sft_rctp.sample_failures(
-        folder / "failures.jsonl", tiny_policy(), tasks, lambda task: ToyEnv(task.id, 1, coin),
-        given(**flags), distributed)
+        folder / "failures.jsonl", tiny_policy(), tasks, lambda task: ToyEnv(task.id, 1, reward or coin),
+        given(**flags), lone_rank())
     return (folder / "failures.jsonl").read_text().splitlines()
 
 
@@ -4134,14 +4200,46 @@ def test_failure_tries_are_a_limit(tmp_path):
 
 def test_ranks_share_the_tasks_of_the_failures(tmp_path):
     """Ranks that all roll out all tasks waste the machine; other draws than one rank's are another run."""
-    def drawn(**rank):
-        lines = map(json.loads, draw_failures(tmp_path, NAMES, **rank))
-        return [(line["task"], line["ids"]) for line in lines]
+    def drawn(rank, size):
+        folder = tmp_path / f"{rank} of {size}"
+        folder.mkdir()
+        found = sft_rctp.rollout_to_disk(
+            folder, "x", tiny_policy(), [(ToyEnv(name), 0) for name in NAMES],
+            lambda task: ToyEnv(task.id, 1, coin), None, lambda task, n: (task.id, n), "",
+            lone_rank(rank, size), max_new_tokens=30)
+        return {key: t.ids for key, t in found.items()}
 
-    shares = [drawn(rank=rank, size=2) for rank in range(2)]
+    shares = [drawn(rank, 2) for rank in range(2)]
 
-    assert all(len(share) <= len(NAMES) / 2 for share in shares)
-    assert sorted(shares[0] + shares[1]) == drawn()
+    assert [len(share) for share in shares] == [len(NAMES) / 2] * 2
+    assert shares[0] | shares[1] == drawn(0, 1)
+
+
+def test_interrupted_failures_go_on(tmp_path):
+    """The rollouts of an hour would be made again."""
+    (tmp_path / "whole").mkdir()
+    judged = []
+
+    def counted(name, text):
+        judged.append(name)
+        return coin(name, text)
+
+    def interrupted(name, text):
+        if len(judged) == 5:
+            raise KeyboardInterrupt
+        return counted(name, text)
+
+    whole = draw_failures(tmp_path / "whole", NAMES, counted)
+    count = len(judged)
+    judged.clear()
+    with pytest.raises(KeyboardInterrupt):
+        draw_failures(tmp_path, NAMES, interrupted)
+    again = draw_failures(tmp_path, NAMES, counted)
+
+    first, second = (list(map(Trajectory.from_json, lines)) for lines in (whole, again))
+    assert [(t.task, t.sample, t.ids) for t in second] == [(t.task, t.sample, t.ids) for t in first]
+    assert len(judged) == count
+    assert [path.name for path in tmp_path.glob("*.jsonl")] == ["failures.jsonl"]
 
 
 def test_a_failure_still_fits_under_its_reward_token(tmp_path):
@@ -4153,12 +4251,9 @@ def test_a_failure_still_fits_under_its_reward_token(tmp_path):
     bare = len(chat.render_prompt(env.messages(), None))
     policy.banned[list(chat.stop_ids)] = True  # it never stops
     limit = prompt + 40
-    distributed = types.SimpleNamespace(
-        rank=0, size=1, is_main=False, gather=lambda values: values, on_main=lambda f, *a: f(*a),
-        print0=print)
 
     args = given(max_len=limit, max_new_tokens=300)
-    sft_rctp.sample_failures(tmp_path / "f", policy, [env], lambda task: env, args, distributed)
+    sft_rctp.sample_failures(tmp_path / "f", policy, [env], lambda task: env, args, lone_rank())
 
     [t] = map(Trajectory.from_json, (tmp_path / "f").read_text().splitlines())
     assert t.reason == "context"
@@ -5399,6 +5494,15 @@ def test_the_split_of_some_tasks_is_part_of_the_whole():
     assert bfcl_env.split(some)["test"] == [task for task in test if task in some]
 
 
+def test_a_task_that_is_named_twice_counts_once():
+    """It would be rolled out twice, and weigh twice in the accuracy."""
+    twice = rl_rcgrpo.parse_args(["--tasks", "multi_turn_base_46, multi_turn_base_46"])
+    categories = rl_rcgrpo.parse_args("--categories multi_turn_base,multi_turn_base --split all".split())
+
+    assert [task.id for task in bfcl_env.select_tasks(twice)] == ["multi_turn_base_46"]
+    assert len(bfcl_env.select_tasks(categories)) == 200
+
+
 def test_a_split_follows_from_its_seed(capsys):
     """A split that changes between two runs makes every evaluation leak. It prints no warning."""
     parts = bfcl_env.split(TASKS)
@@ -5765,6 +5869,19 @@ def test_result_files_of_others_are_not_replaced(official_runs, number, is_refus
     assert path.read_text().endswith("\n ")
 
 
+def test_results_of_other_categories_are_named(tmp_path, capsys):
+    """The official evaluator reads all files of a folder: those of two checkpoints become one result."""
+    args = types.SimpleNamespace(official_out=str(tmp_path), out=tmp_path / "eval")
+    other = eval_bfcl.official_path(args, "python", "multi_turn_miss_func")
+
+    eval_bfcl.refuse_foreign_results(args, "python", TASKS[:1])
+    assert capsys.readouterr().err == ""
+
+    sft_rctp.atomic_write(other, "{}")
+    eval_bfcl.refuse_foreign_results(args, "python", TASKS[:1])
+    assert f"{other.parent} has results already" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("count", [2, 200])
 def test_the_official_command_of_a_part(tmp_path, capsys, count):
     """The official evaluator refuses a part of a category without --partial-eval."""
@@ -5848,7 +5965,7 @@ def test_the_evaluation_warns(pipeline):
 def test_an_evaluation_has_its_seed(distributed, monkeypatch, tmp_path):
     """Evaluations under several seeds would be copies of one."""
     keys = []
-    monkeypatch.setattr(eval_bfcl, "rollout", lambda *args, **flags: keys.extend(args[3]))
+    monkeypatch.setattr(sft_rctp, "rollout", lambda *args, **flags: keys.extend(args[3]))
 
     args = given(out=tmp_path, samples=2, seed=3)
     eval_bfcl.roll_out_tasks(None, TASKS[:1], None.__eq__, "high", 0, args, distributed)
@@ -5859,15 +5976,14 @@ def test_an_evaluation_has_its_seed(distributed, monkeypatch, tmp_path):
 def test_ranks_wait_before_the_rollouts_are_counted(distributed, monkeypatch, tmp_path):
     """A rank that is ahead would report an accuracy without the rollouts of the others."""
     events = []
-    barrier = types.SimpleNamespace(barrier=lambda: events.append("barrier"))
-    monkeypatch.setattr(eval_bfcl, "dist", barrier)
-    monkeypatch.setattr(eval_bfcl, "finished", lambda *args: events.append("read") or {})
-    monkeypatch.setattr(eval_bfcl, "rollout", lambda *args, **flags: events.append("rollout"))
+    monkeypatch.setattr(distributed, "gather", lambda values: events.append("wait") or values)
+    monkeypatch.setattr(sft_rctp, "finished_rollouts", lambda *args: events.append("read") or {})
+    monkeypatch.setattr(sft_rctp, "rollout", lambda *args, **flags: events.append("rollout"))
 
     args = given(out=tmp_path, samples=1)
     eval_bfcl.roll_out_tasks(None, TASKS[:1], None.__eq__, "high", 0, args, distributed)
 
-    assert events == ["read", "barrier", "rollout", "barrier", "read"]
+    assert events == ["read", "wait", "rollout", "wait", "read"]
 
 
 def test_trained_tasks_and_those_left_out_are_counted():
@@ -6193,6 +6309,12 @@ MISTAKES = {
     "eval_bfcl.py --compare /nonexistent": "holds no eval.json",
     "rollout.py --tasks x": "unknown task",
     "eval_bfcl.py --ckpt /nonexistent/model": "no model at",
+    "eval_bfcl.py --ckpt {out}/sft/checkpoints/step_000002": "sft_rctp.py --export",
+    "eval_bfcl.py --ckpt tiny --temperature 0 --samples 2": "would be alike",
+    "sft_rctp.py --out=": "the folder has no name",
+    "eval_bfcl.py --ckpt tiny --out=": "the folder has no name",
+    "sft_rctp.py --seed 99999999999999999999": "--seed",
+    "sft_rctp.py --model tiny --max_tasks 2 --kv_gb 0.001 --out {old}/kv": "does not hold one conversation",
     "sft_rctp.py --batch_size x": "invalid int value",
     "{rl} --advantage sign --reward progress": "rewards 0 and 1",
     "sft_rctp.py --batch_size 0": "--batch_size",
@@ -6285,6 +6407,19 @@ def test_another_programs_folder_is_left_as_it_is(distributed, tmp_path):
     assert (tmp_path / "config.json").read_text() == '{"model_type": "llama"}'
 
 
+@pytest.mark.parametrize("name", ["checkpoints/step_000100", "rollouts"])
+def test_another_trainers_folders_are_left_as_they_are(distributed, tmp_path, name):
+    """A new run would delete what another program keeps under the same names."""
+    theirs = tmp_path / name / "step_000001.jsonl"
+    sft_rctp.atomic_write(theirs, "theirs")
+
+    with pytest.raises(BfclError, match="is not of this run, which would write there: give another --out"):
+        begin(distributed, tmp_path)
+
+    assert theirs.read_text() == "theirs"
+    assert not (tmp_path / "config.json").exists()
+
+
 def test_a_models_folder_is_no_finished_run(distributed, tmp_path):
     """With the base model in OUT/model, a new run would call itself finished without doing anything."""
     (tmp_path / "model").mkdir()
@@ -6337,6 +6472,40 @@ def test_an_empty_log_is_no_work(tmp_path, name):
 
     (tmp_path / name).write_text("{}\n")
     assert sft_rctp.work_has_begun(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", '{"step": "2", "loss": 1}\n', "[1]\n"])
+def test_an_emptied_log_is_drawn(tmp_path, text):
+    """A user deletes or edits metrics.jsonl, and the finished run ends in a traceback without its model."""
+    (tmp_path / "metrics.jsonl").write_text(text)
+
+    sft_rctp.plot_curves(tmp_path)
+
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_a_failure_on_one_rank_is_raised_on_all(distributed, monkeypatch):
+    """Rank 0 alone reads the weights. If they are damaged, the others end in a traceback of their own."""
+    def fail():
+        raise BfclError("damaged")
+
+    with pytest.raises(BfclError, match="damaged"):
+        distributed.together(fail)
+    monkeypatch.setattr(distributed, "gather", lambda values: [*values, "the other rank's"])
+    with pytest.raises(BfclError, match="the other rank's"):
+        distributed.together(int)
+    monkeypatch.undo()
+    assert distributed.together(int, "7") == 7
+
+
+def test_a_small_cache_is_refused_before_the_first_step():
+    """The first validation would end the run, and lose all steps before it."""
+    policy = tiny_policy()
+    sft_rctp.free_weights(policy.model)
+
+    with pytest.raises(BfclError, match="--kv_gb 0.001 does not hold one conversation"):
+        sft_rctp.size_kv_cache(policy, [ToyEnv("a")], lambda task: task, given(kv_gb=0.001))
+    sft_rctp.size_kv_cache(policy, [ToyEnv("a")], lambda task: task, given())
 
 
 def test_no_training_data_is_an_error(distributed, tmp_path):
@@ -7839,10 +8008,39 @@ def test_stage2_keeps_the_facts_of_stage1(recorded):
         "ratio": "per_token",
         "rollouts": 24,
         "tasks": sorted({*before["tasks"], *THREE}),
+        "flags": after["flags"],
         "thinking": "off",
         "date": "26 Jul 2024",
         "minutes": after["minutes"]
     }
+
+
+def test_a_model_keeps_the_flags_of_both_stages(recorded):
+    """Trainings under other flags would count as seeds of one arm."""
+    before = json.loads((recorded.folder / "sft/model/rcgrpo.json").read_text())
+    after = json.loads((recorded.folder / "rl/model/rcgrpo.json").read_text())
+
+    assert {*before["flags"]} == {"stage 1"}
+    assert "stage 2" in after["flags"]
+    assert after["flags"]["stage 2"]["beta"] == 0.3
+    for flags in (before["flags"]["stage 1"], after["flags"]["stage 2"]):
+        assert {"lr", "max_new_tokens", "categories"} <= flags.keys()
+        assert not {"seed", "out", "model", "kv_gb", "save_every"} & flags.keys()
+
+
+def test_a_second_training_adds_to_the_first():
+    """The evaluation would take the tasks of the first training for new ones, or count half of the rollouts."""
+    policy = load_policy("tiny")
+    policy.stage_info = R.StageInfo(
+        stage="rctp", arm="rctp", tasks=["multi_turn_base_0"], rollouts=100, flags={"stage 1": {"lr": 1}})
+
+    again = sft_rctp.stage1_info(policy, [], "python", given(model="m"))
+    more = rl_rcgrpo.stage2_info(policy, TASKS[1:2], 20, given())
+
+    assert again.tasks == ["multi_turn_base_0"]
+    assert more["tasks"] == sorted(["multi_turn_base_0", TASKS[1].id])
+    assert more["rollouts"] == 120
+    assert more["flags"]["stage 1"] == {"lr": 1}
 
 
 @each_stage
@@ -7863,7 +8061,7 @@ def known_families(monkeypatch):
 
 def kept_rollouts(folder, stem):
     """Return the rollouts of an evaluation without their log-probs, whose last digit depends on the batch."""
-    found = eval_bfcl.finished(folder, stem)
+    found = sft_rctp.finished_rollouts(folder, stem)
     return {key: (t.ids, t.loss_mask, t.verdict) for key, t in found.items()}
 
 
@@ -7934,7 +8132,7 @@ def test_an_evaluation_samples_under_its_token_and_key(pipeline, reward_token):
     """All columns would be those of one token; samples would be copies of one rollout."""
     policy = load_policy(str(pipeline.out / "sft/model"), torch.float32)
 
-    found = eval_bfcl.finished(pipeline.out / "eval", f"1_{reward_token}")
+    found = sft_rctp.finished_rollouts(pipeline.out / "eval", f"1_{reward_token}")
 
     assert len(found) == 4
     for (name, n), t in found.items():
@@ -8051,7 +8249,7 @@ def test_a_line_that_is_no_rollout_is_named(tmp_path, line):
     (tmp_path / "0_high.rank0.jsonl").write_text(f"{played()[0].to_json()}\n{line}\n")
 
     with pytest.raises(BfclError, match=r"0_high.rank0.jsonl, line 2, is not a rollout.*delete that line"):
-        eval_bfcl.finished(tmp_path, "0_high")
+        sft_rctp.finished_rollouts(tmp_path, "0_high")
 
 
 @pytest.mark.parametrize("text", ["", "7", "[]", "{}", '{"same": {}}'])
@@ -8068,7 +8266,7 @@ def test_a_users_files_beside_results_are_not_read(tmp_path):
     (tmp_path / "0_high.rank0_old.jsonl").write_text(played()[0].to_json())
     (tmp_path / "0_high.rank12.jsonl").write_text(played()[1].to_json())
 
-    found = eval_bfcl.finished(tmp_path, "0_high")
+    found = sft_rctp.finished_rollouts(tmp_path, "0_high")
 
     assert [t.ids for t in found.values()] == [played()[1].ids]
 
@@ -8770,14 +8968,39 @@ def comparison(tmp_path, capsys, known_families):
     return types.SimpleNamespace(evaluation=evaluation, compare=compare)
 
 
-def test_a_checkpoint_that_is_evaluated_twice_is_one_seed(comparison, tmp_path):
-    """A second evaluation of the same weights would narrow the interval."""
+def test_a_checkpoint_that_is_evaluated_twice_is_one_seed(comparison, tmp_path, capsys):
+    """A second evaluation of the same weights would narrow the interval, or replace the first in silence."""
     high = [comparison.evaluation(f"high{i}", "high", 0.4) for i in range(2)]
     shutil.copytree(high[0], tmp_path / "again")
 
     result, _ = eval_bfcl.compared([*high, tmp_path / "again"])
 
     assert [arm["seeds"] for arm in result["table"]] == [2]
+    assert "replaces the earlier one" in capsys.readouterr().err
+
+
+def test_other_flags_make_other_arms(comparison):
+    """The mean over two learning rates would be reported as two seeds of one."""
+    folders = [comparison.evaluation(name, "mixed", 0.4) for name in ("a", "b", "c")]
+    for folder, lr in zip(folders, (1, 2, 2)):
+        [row] = json.loads((folder / "eval.json").read_text())["table"]
+        row["stage_info"]["flags"] = {"stage 2": {"lr": lr, "beta": 0.1}}
+        sft_rctp.atomic_write(folder / "eval.json", {"table": [row]})
+
+    result, _ = eval_bfcl.compared(folders)
+
+    found = {arm["arm"]: arm["seeds"] for arm in result["table"]}
+    assert found == {"RCTP-FT + RC-GRPO, stage 2 --lr 1": 1, "RCTP-FT + RC-GRPO, stage 2 --lr 2": 2}
+
+
+@pytest.mark.parametrize("table", [[], [{}], [{"sha256": ""}]])
+def test_an_evaluation_without_rows_is_named(comparison, table):
+    """A damaged file ends in a traceback."""
+    folder = comparison.evaluation("a", "mixed", 0.4)
+    sft_rctp.atomic_write(folder / "eval.json", {"table": table})
+
+    with pytest.raises(BfclError, match="written by another version of this code: evaluate again"):
+        eval_bfcl.compared([folder])
 
 
 def test_the_printed_difference_has_its_sign(comparison, tmp_path, capsys):
