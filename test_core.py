@@ -8029,7 +8029,7 @@ def test_a_model_keeps_the_flags_of_both_stages(recorded):
 
 
 def test_a_second_training_adds_to_the_first():
-    """The evaluation would take the tasks of the first training for new ones, or count half of the rollouts."""
+    """The evaluation would take tasks of the first training for new ones, or count half of the rollouts."""
     policy = load_policy("tiny")
     policy.stage_info = R.StageInfo(
         stage="rctp", arm="rctp", tasks=["multi_turn_base_0"], rollouts=100, flags={"stage 1": {"lr": 1}})
