@@ -673,8 +673,8 @@ def planned_bytes(policy, args, packs, stage2, ranks, device):
     """Estimate the bytes per rank, by part.
 
     Activations are estimated as autograd keeps them for a Llama layer: per token 16 bytes per hidden unit
-    (the two norms, in fp32) and `width` bytes per element of the rest. On a CPU the heap has gaps
-    beside it, see `return_free_memory`.
+    (the two norms, in fp32) and `width` bytes per element of the rest. On a CPU the gaps of
+    the heap come on top, see `return_free_memory`.
 
     Returns:
         {part: bytes} and the peak.

@@ -30,7 +30,6 @@ import ast
 import functools
 import itertools
 import json
-import re
 import shlex
 import sys
 import time
@@ -610,14 +609,14 @@ def refuse_foreign_results(args, call_format, tasks):
     Raises:
         BfclError: if there is one.
     """
+    if work_has_begun(args.out):
+        return
     for category in sorted({task.category for task in tasks}):
         path = official_path(args, call_format, category)
-        if work_has_begun(args.out):
-            return
         if path.exists():
             raise BfclError(f"{path} {FOREIGN}")
-        if [*path.parent.glob("BFCL_v4_*_result.json")]:
-            warn(f"{path.parent} has results already, which count as those of this checkpoint")
+    if [*path.parent.glob("BFCL_v4_*_result.json")]:
+        warn(f"{path.parent} has results already, which count as those of this checkpoint")
 
 
 def write_official(args, call_format, rows):
@@ -747,17 +746,17 @@ def read_arms(folders):
 
 def name_differing_flags(rows):
     """Add to the name of an arm the flags in which its trainings differ: they are not its seeds."""
-    flags = {}  # (arm, stage, flag) -> its values
+    by_arm = {}
     for row in rows:
-        for stage, values in row["stage_info"].get("flags", {}).items():
-            for name, value in values.items():
-                flags.setdefault((row["arm"], stage, name), []).append(value)
-    for row in rows:
-        arm = row["arm"]
-        for (name_of_arm, stage, name), values in flags.items():
-            if name_of_arm == arm and values.count(values[0]) < len(values):
-                own = row["stage_info"].get("flags", {}).get(stage, {})
-                row["arm"] += f", {stage} --{name} {own.get(name)}"
+        by_arm.setdefault(row["arm"], []).append(row)
+    for arm, members in by_arm.items():
+        flags = [row["stage_info"].get("flags", {}) for row in members]
+        differing = [name for name, value in flags[0].items()
+                     if any(other.get(name) != value for other in flags)]
+        if differing:
+            warn(f"{arm}: trained with different flags ({', '.join(differing)}), so these are several arms")
+        for row, own in zip(members, flags):
+            row["arm"] += "".join(f", {name} {own.get(name)}" for name in differing)
 
 
 def read_json(folder, name, *keys):

@@ -49,9 +49,9 @@ from bfcl_env import BfclError, warn
 from rollout import (Pack, Trajectory, add_sampling_flags, check_model, checksum, compute_dtype,
                      filter_overlong, load_policy, mean_reward, number, pack, read_stage_info, rollout,
                      run_main, sampling, token_logprobs, transcript)
-from sft_rctp import (TrainLoop, begin_run, check_and_record_settings, epoch_shuffle, export_checkpoint,
-                      free_weights, get_lr, init_distributed, load_full_weights, offload_shards,
-                      optimizer_step, pad_packs, shard_model, size_kv_cache, synced_time, validate,
+from sft_rctp import (TrainLoop, begin_run, check_and_record_settings, check_kv_cache, epoch_shuffle,
+                      export_checkpoint, free_weights, get_lr, init_distributed, load_full_weights,
+                      offload_shards, optimizer_step, pad_packs, shard_model, synced_time, validate,
                       validation_tasks)
 
 ADVANTAGES = ("group", "within_reward_token", "mean_only", "sign", "virtual_success")
@@ -154,7 +154,7 @@ def main():
         return export_checkpoint(args.export)
     check_flags(args)
     distributed = init_distributed()
-    out = begin_run(args, distributed)
+    out = begin_run(args, distributed, ("checkpoints", "rollouts"))
     dtype = compute_dtype(args.dtype, distributed.device)
 
     # Two models. `trainer_policy` is sharded, in fp32. `sampler_policy` is one full copy in the compute dtype
@@ -166,7 +166,7 @@ def main():
     chosen = bfcl_env.select_tasks(args)
     tasks = filter_overlong(sampler_policy, chosen, make_env, args.max_len)
     val_tasks = filter_overlong(sampler_policy, validation_tasks(args), make_env, args.max_len)
-    size_kv_cache(sampler_policy, val_tasks, make_env, args)
+    check_kv_cache(sampler_policy, tasks + val_tasks, make_env, args)
     trainer_policy = distributed.together(
         load_policy, args.model, torch.float32, "cpu", weights=distributed.is_main, thinking=args.thinking)
     sha256 = checksum(trainer_policy.model) if distributed.is_main else None
@@ -240,7 +240,7 @@ def stage2_info(policy, tasks, rollouts, args):
             "dynamic_sampling": args.dynamic_sampling,
             "rollouts": policy.stage_info.rollouts + rollouts,
             "tasks": sorted(trained_on),
-            "flags": {**policy.stage_info.flags, "stage 2": sft_rctp.training_flags(args)}}
+            "flags": sft_rctp.training_flags(2, args, policy.stage_info)}
 
 
 def update_policy(model, optimizer, packs: list[Pack], banned, args, distributed):
@@ -325,14 +325,14 @@ def policy_loss(logp, old_logp, ref_logp, advantages, weights, clip_eps=0.2, bet
 def trajectory_log_ratio(logp, ref_logp, owners):
     """Return log pi(tau_j) / pi_ref(tau_j) of the rollout j of each position (Algorithm 1), within +-20.
 
-    A larger one would overflow in exp. NOTE: the gradient passes the bound, since a failure that has become
+    A larger one would overflow in exp. NOTE: the bound does not stop the gradient: a failure that has become
     far more probable must still be made less so. A rollout lies in one pack, so its positions are all here.
 
     Returns:
         [M], the same value at all positions of a rollout.
     """
     _, index = owners.unique(return_inverse=True)  # [M] of the rollout, counted from 0 within the pack
-    sums = torch.zeros_like(logp).index_add(0, index, logp - ref_logp)  # [M], the first ones used
+    sums = torch.zeros_like(logp).index_add(0, index, logp - ref_logp)  # [M], one per rollout, then zeros
     bounded = sums + (sums.clamp(-20, 20) - sums).detach()  # [M]
     return bounded[index]
 

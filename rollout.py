@@ -1260,7 +1260,7 @@ class StageInfo:
     date: str | None = None  # argument of `Chat`: the date that the template prints
     reward_ids: dict | None = None
     prompt_sha256: str | None = None  # `Chat.fingerprint`
-    flags: dict = field(default_factory=dict)  # {"stage 1", "stage 2": the flags of that training}
+    flags: dict = field(default_factory=dict)  # {"stage 1 --lr": 1e-5, ...}, see `training_flags`
     # The remaining fields belong to stage 2.
     reward_tokens: str | None = None  # mixed, high, low or none
     advantage: str | None = None
@@ -1483,7 +1483,8 @@ def make_policy(name, model, tokenizer, thinking=None, check=True) -> Policy:
         thinking: as in `load_policy`.
         check: compare the three attention layouts with the model's own forward.
     """
-    check_architecture(name, model, tokenizer)
+    check_architecture(name, model)
+    check_tokenizer(name, model, tokenizer)
     stage_info = read_stage_info(name)
     thinking = resolve_thinking(name, stage_info, thinking)
     add_reward_tokens(model, tokenizer)
@@ -1513,9 +1514,8 @@ def make_policy(name, model, tokenizer, thinking=None, check=True) -> Policy:
     return policy
 
 
-def check_architecture(name, model, tokenizer):
-    """Refuse a model whose config shows that its attention or its head is not supported, or whose tokenizer
-    is another model's.
+def check_architecture(name, model):
+    """Refuse a model whose config shows that its attention or its head is not supported.
 
     Raises:
         BfclError: with the reason.
@@ -1537,6 +1537,14 @@ def check_architecture(name, model, tokenizer):
     if reason:
         raise BfclError(f"{name} ({config.model_type}) {reason}: only text models with causal attention and "
                         "a head that is one matrix are served; take one such as Llama, Qwen2 or Qwen3")
+
+
+def check_tokenizer(name, model, tokenizer):
+    """Refuse a tokenizer that belongs to a model with more embeddings.
+
+    Raises:
+        BfclError: with both numbers.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     ids = [i for text, i in tokenizer.get_vocab().items() if text not in REWARD_TOKENS.values()]
     if max(ids) >= rows:

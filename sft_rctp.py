@@ -57,8 +57,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from safetensors import SafetensorError
 from torch.distributed.tensor import distribute_tensor
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from bfcl_env import BfclError, Call, Episode, judge, warn, write_calls
@@ -324,7 +324,8 @@ def sample_failures(path, policy, tasks, make_env, args, distributed):
     distributed.print0(f"{len(failures)} of {len(tasks)} tasks have a failed rollout; in the others all "
                        f"{args.failure_tries} tries succeed, or the prompt is too long")
     if not failures:
-        raise BfclError("no rollout of --model failed: raise --failure_tries, or take other tasks")
+        raise BfclError("no rollout of --model failed: with a new --out, raise --failure_tries or take other "
+                        "tasks")
     text = "".join(t.to_json() + "\n" for t in failures.values())
     distributed.on_main(atomic_write, path, text)  # the other ranks wait for the file
     if distributed.is_main:
@@ -512,9 +513,9 @@ def main():
     make_env = bfcl_env.make_env_fn(args, call_format)
     banned = policy.banned.to(distributed.device)
     dtype = compute_dtype(args.dtype, distributed.device)
-    sha256 = checksum(policy.model) if distributed.is_main else None
-    check_and_record_settings(out, distributed, {
-        "weights": distributed.broadcast(sha256), "compute": str(dtype), "rollouts": bool(args.rollouts)})
+    sha256 = distributed.broadcast(checksum(policy.model) if distributed.is_main else None)
+    check_and_record_settings(out, distributed, {"weights": sha256, "compute": str(dtype)})
+    check_same_run(out, distributed, {"rollouts": bool(args.rollouts)})  # before it samples for hours
     val_tasks = filter_overlong(policy, val_tasks, make_env, args.max_len)
     to_sample = args.failures == "sampled" and not args.rollouts
     if val_tasks or to_sample:
@@ -522,7 +523,7 @@ def main():
         sampler_policy = load_policy(
             args.model, dtype, distributed.device, weights=False, thinking=args.thinking)
         free_weights(sampler_policy.model)
-        size_kv_cache(sampler_policy, val_tasks, make_env, args)
+        check_kv_cache(sampler_policy, val_tasks, make_env, args)
     model, optimizer = shard_model(policy, args, dtype, distributed)  # from here on policy.model is sharded
 
     # steps 1 and 2: successes and failures, played or sampled, and rendered
@@ -589,7 +590,7 @@ def check_data(data, tasks, args, out, distributed):
                         "raise it, or take smaller --tool_docs, with a new --out; with --failures sampled "
                         "and --rollouts the files must have failures of these tasks")
     digest = hashlib.sha256(str([t.ids for t in data]).encode()).hexdigest()
-    check_and_record_settings(out, distributed, {"data": digest})
+    check_and_record_settings(out, distributed, {"data": digest, "rollouts": bool(args.rollouts)})
 
 
 def describe(policy, call_format, args):
@@ -610,7 +611,8 @@ def stage1_info(policy, data, call_format, args):
         data_source="rollouts" if args.rollouts and args.failures == "written" else args.failures,
         stage1_reward_tokens=sorted({t.reward_token or "none" for t in data}),
         tasks=sorted({t.task for t in data} | {*policy.stage_info.tasks}),
-        flags={"stage 1": training_flags(args)},
+        rollouts=policy.stage_info.rollouts,
+        flags=training_flags(1, args, policy.stage_info),
         reward_ids=policy.reward_ids,
         prompt_sha256=policy.chat.fingerprint,
         thinking=policy.chat.thinking,
@@ -866,8 +868,8 @@ def return_free_memory():
     """Return the free parts of the heap to the system, where the C library can (glibc).
 
     The heap would grow from update to update, since tensors of other sizes do not fill its gaps: in twelve
-    updates of SmolLM2-135M from 5.4 to 17.5 GiB. An update takes 1.4 +- 3.3 s longer, since returned memory
-    must be mapped again."""
+    updates of SmolLM2-135M from 5.4 to 17.5 GiB. Returned memory must be mapped again, which cost 1.4 +- 3.3
+    s per update of 44 s (23 updates, every other one after a return)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)
@@ -970,14 +972,10 @@ class Checkpointer:
             {"step": 10, **state}, or {"step": 0} without a checkpoint.
 
         Raises:
-            BfclError: If there are checkpoints, but all are damaged."""
+            BfclError: If there are checkpoints, but all are damaged; see also `_clear`."""
+        self.distributed.on_main(self._clear)
         complete = self.complete() if self.distributed.is_main else None
         complete = self.distributed.broadcast(complete)
-        if self.distributed.is_main:
-            for path in self.folder.glob("step_*"):
-                # A killed process was saving or removing it. Other names are the user's.
-                if path.is_dir() and re.fullmatch(r"step_\d{6,}\.(partial|removed)", path.name):
-                    shutil.rmtree(path)
         for path in reversed(complete):
             try:
                 state = json.loads((path / "done.json").read_text())
@@ -990,6 +988,18 @@ class Checkpointer:
             raise BfclError(f"no checkpoint in {self.folder} can be read: delete that folder, and the same "
                             "command begins again")
         return {"step": 0}
+
+    def _clear(self):
+        """Remove what a killed process was saving or removing. Other names are the user's.
+
+        Raises:
+            BfclError: If another program's folder has the name of a checkpoint."""
+        complete = self.complete()
+        for path in filter(Path.is_dir, self.folder.glob("step_*")):
+            if re.fullmatch(r"step_\d{6,}\.(partial|removed)", path.name):
+                shutil.rmtree(path)
+            elif re.fullmatch(r"step_\d{6,}", path.name) and path not in complete:
+                raise BfclError(f"{path} has no done.json, so it is no checkpoint of this run: move it away")
 
     def _tensors(self):
         """Return this rank's shards of weights and AdamW state by name. DCP assembles those of all ranks.
@@ -1132,9 +1142,9 @@ def write_model(out, name, policy, weights, step, stage_info):
     shutil.rmtree(partial, ignore_errors=True)
     # `generate` of other programs stops where the messages of this policy end.
     policy.model.generation_config.eos_token_id = sorted(policy.chat.stop_ids)
+    policy.tokenizer.save_pretrained(partial)
     try:
         policy.model.save_pretrained(partial, state_dict=weights)
-        policy.tokenizer.save_pretrained(partial)
     except SafetensorError as error:  # a full disk
         raise BfclError(f"{final} cannot be written ({error}): make room and type the same command "
                         "again") from None
@@ -1199,7 +1209,7 @@ def rollout_to_disk(out, stem, policy, jobs, make_env, reward_token, key_of, tit
     A job whose rollout is on disk is skipped, so that a killed command loses only the unfinished ones.
 
     Args:
-        out, stem: The rank r appends to OUT/STEM.rank{r}.jsonl.
+        out, stem: Rank r appends to OUT/STEM.rank{r}.jsonl.
         jobs: (task, sample) each, where `sample` tells the rollouts of a task apart.
         reward_token: "high", "low" or None.
         key_of: Function from a job's task and sample to the key of its random numbers.
@@ -1270,17 +1280,16 @@ def validation_tasks(args, trained: set[str] = frozenset()):
     flags = {**vars(args), "split": "val", "tasks": "", "max_tasks": args.eval_limit}
     tasks = bfcl_env.select_tasks(argparse.Namespace(**flags))
     if trained & {task.id for task in tasks}:
-        raise BfclError("validation tasks are among those trained on (--split or --tasks): add "
+        raise BfclError("validation tasks are among those trained on (--model, --split or --tasks): add "
                         "--eval_every 0")
     return tasks
 
 
-def size_kv_cache(policy, tasks, make_env, args):
-    """Make the KV cache of a validation once before the first update. If --kv_gb is too small, all steps up
-    to the first validation would be lost.
+def check_kv_cache(policy, tasks, make_env, args):
+    """Check that --kv_gb holds a conversation about any of these tasks: else a later step ends the run.
 
     Raises:
-        BfclError: If it is."""
+        BfclError: If it does not."""
     limits = sampling(args)
     del limits["reward"]
     envs = [make_env(task) for task in tasks]
@@ -1325,10 +1334,14 @@ CONSOLE_METRICS = (
     "step_time")
 
 
-def begin_run(args, distributed):
-    """Open the run directory --out, for a new run or to resume the same one."""
+def begin_run(args, distributed, folders=("checkpoints",)):
+    """Open the run directory --out, for a new run or to resume the same one.
+
+    Args:
+        folders: Those that the run writes into."""
     if args.tracker != "none" and not importlib.util.find_spec(args.tracker):
         raise BfclError(f"--tracker {args.tracker}: pip install {args.tracker}")
+    distributed.on_main(refuse_foreign_folders, Path(args.out), folders)
     out = open_run_dir(args, distributed)
     distributed.on_main(refuse_foreign_model, out)
     settings = {name: value for name, value in vars(args).items()
@@ -1337,14 +1350,28 @@ def begin_run(args, distributed):
     return out
 
 
-def training_flags(args):
-    """Return the flags that make a training what it is, except its seed: those of an arm."""
-    others = IGNORED_ON_RESUME + ROUNDING + ("seed", "eval_every", "eval_limit")
-    return {name: value for name, value in vars(args).items() if name not in others}
+def training_flags(stage, args, before):
+    """Return the flags in which the seeds of one arm agree, by stage; of a stage that was trained twice the
+    last ones.
+
+    Args:
+        stage: 1 or 2.
+        before: The StageInfo of the model that the training starts from."""
+    others = IGNORED_ON_RESUME + ROUNDING + ("seed", "dtype", "call_format", "eval_every", "eval_limit")
+    if stage == 1 and args.failures == "written":  # then only the validation samples
+        others += ("temperature", "max_new_tokens", "max_sampled_tokens")
+    flags = {f"stage {stage} --{name}": value for name, value in vars(args).items() if name not in others}
+    return {**before.flags, **flags, "trainings": before.flags.get("trainings", 0) + 1}
 
 
 def is_finished(out):
     return (out / "model").exists() and read_config(out).get("finished", False)
+
+
+def refuse_foreign_folders(out, folders):
+    for name in folders:
+        if (out / name).exists() and not (out / "config.json").exists():
+            raise BfclError(f"{out / name} is not of this run, which would write there: give another --out")
 
 
 def refuse_foreign_model(out):
@@ -1386,15 +1413,12 @@ def open_config(out, args, distributed):
     """Write config.json for a new run; check that an old one is of this script and version.
 
     Raises:
-        BfclError: If it is not, or if there is none, but folders that a run would write into."""
+        BfclError: If it is not."""
     begun = work_has_begun(out)
     if begun or (out / "config.json").exists():
         known_flags = read_config(out)["args"].keys()
         if begun and known_flags != vars(args).keys():
             raise BfclError(f"{out} holds a run of another script, or of another version: give a new --out")
-    for name in ("checkpoints", "rollouts"):
-        if (out / name).exists() and not (out / "config.json").exists():
-            raise BfclError(f"{out / name} is not of this run, which would write there: give another --out")
     if not begun:
         write_config(out, args, distributed)
 
@@ -1525,14 +1549,15 @@ def start_tracker(out, args):
 
 
 def read_metrics(out):
-    """Return the lines of metrics.jsonl, one per step, without those that are damaged."""
+    """Return the lines of metrics.jsonl, one per step, without what is damaged."""
     path = out / "metrics.jsonl"
     found = []
     for text in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, AttributeError):
             line = json.loads(text)
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
-                found.append(line)
+            numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
+            if "step" in numbers:
+                found.append(numbers)
     return found
 
 
