@@ -645,7 +645,7 @@ def write_official(args, call_format, rows):
 COMPARABLE = ("split_by", "split", "categories", "tasks", "max_tasks", "tool_docs", "protocol", "reward",
               "dtype", "temperature", "max_new_tokens", "max_sampled_tokens", "max_len")
 # What --compare needs of a row of eval.json.
-ROW = {"arm", "ckpt", "sha256", "call_format", "model", "stage_info", "correct"}
+ROW = {"arm", "sha256", "call_format", "model", "stage_info", "correct"}
 # The preregistered comparison, evaluated with the high token, with equal rollout budgets. All others are
 # exploratory.
 PRIMARY = ("RCTP-FT + RC-GRPO", "RCTP-FT + GRPO (high token)")
@@ -731,8 +731,8 @@ def read_arms(folders):
                       "thinking": row.get("thinking", "off")}
             for reward_token, correct in row["correct"].items():
                 if (row["sha256"], reward_token) in rows:
-                    warn(f"{folder}: {row['ckpt']} was evaluated before under {reward_token}; this "
-                         "evaluation replaces the earlier one")
+                    warn(f"{folder}: the same weights ({row['arm']}) were evaluated before under "
+                         f"{reward_token}; this evaluation replaces the earlier one")
                 rows[row["sha256"], reward_token] = {**row, "token": reward_token, "correct": correct}
                 facts["tasks that fit"] = sorted(correct)
                 common = common or dict(facts)

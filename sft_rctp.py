@@ -297,7 +297,7 @@ def sample_failures(path, policy, tasks, make_env, args, distributed):
     """Write one failed rollout per task to a file: the first of at most --failure_tries that fails.
 
     The rollouts are made without a reward token. Their random numbers depend on the seed, the task and the
-    try alone. A killed run goes on with those that are missing, in bf16 up to rounding.
+    try alone, so that a resumed run adds the missing ones, in bf16 up to rounding.
 
     Raises:
         BfclError: On every rank, if no rollout fails."""
@@ -1369,8 +1369,9 @@ def is_finished(out):
 
 
 def refuse_foreign_folders(out, folders):
+    is_ours = (out / "config.json").exists() or work_has_begun(out)
     for name in folders:
-        if (out / name).exists() and not (out / "config.json").exists():
+        if (out / name).exists() and not is_ours:
             raise BfclError(f"{out / name} is not of this run, which would write there: give another --out")
 
 

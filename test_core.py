@@ -6401,7 +6401,7 @@ def test_another_trainers_folders_are_left_as_they_are(distributed, tmp_path, na
     sft_rctp.atomic_write(theirs, "theirs")
 
     with pytest.raises(BfclError, match="is not of this run, which would write there: give another --out"):
-        begin(distributed, tmp_path)
+        sft_rctp.begin_run(given(out=tmp_path), distributed, ("checkpoints", "rollouts"))
 
     assert theirs.read_text() == "theirs"
     assert not (tmp_path / "config.json").exists()
@@ -8010,7 +8010,7 @@ def test_a_model_keeps_the_flags_of_both_stages(recorded):
 
     assert after["flags"]["trainings"] == 2
     assert after["flags"]["stage 2 --beta"] == 0.3
-    assert after["flags"]["stage 2 --temperature"] == 1
+    assert after["flags"]["stage 2 --temperature"] == 0.7
     for stage, flags in ((1, before["flags"]), (2, after["flags"])):
         assert flags.keys() >= {f"stage {stage} --{name}" for name in ("lr", "steps", "categories")}
         for name in ("seed", "out", "model", "kv_gb", "save_every", "dtype"):
