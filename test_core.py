@@ -2963,6 +2963,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(checkpointers, tmp_path):
     saving, loading = checkpointers
     saved = full_weights(saving.model)
     (tmp_path / "step_000009.partial").mkdir()
+    (tmp_path / "step_000001.removed").mkdir()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     try:
@@ -8971,7 +8972,7 @@ def test_a_checkpoint_that_is_evaluated_twice_is_one_seed(comparison, tmp_path, 
     assert "replaces the earlier one" in capsys.readouterr().err
 
 
-def test_other_flags_make_other_arms(comparison):
+def test_other_flags_make_other_arms(comparison, capsys):
     """The mean over two learning rates would be reported as two seeds of one."""
     folders = [comparison.evaluation(name, "mixed", 0.4) for name in ("a", "b", "c")]
     for folder, lr in zip(folders, (1, 2, 2)):
@@ -8983,6 +8984,7 @@ def test_other_flags_make_other_arms(comparison):
 
     found = {arm["arm"]: arm["seeds"] for arm in result["table"]}
     assert found == {"RCTP-FT + RC-GRPO, stage 2 --lr 1": 1, "RCTP-FT + RC-GRPO, stage 2 --lr 2": 2}
+    assert "RCTP-FT + RC-GRPO: trained with different flags (stage 2 --lr)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("table", [[], [{}], [{"sha256": ""}]])
