@@ -1357,9 +1357,11 @@ def training_flags(stage, args, before):
     Args:
         stage: 1 or 2.
         before: The StageInfo of the model that the training starts from."""
-    others = IGNORED_ON_RESUME + ROUNDING + ("seed", "dtype", "call_format", "eval_every", "eval_limit")
+    # The call format and thinking are in the StageInfo as they were resolved.
+    others = IGNORED_ON_RESUME + ROUNDING + (
+        "seed", "dtype", "call_format", "thinking", "eval_every", "eval_limit")
     if stage == 1 and args.failures == "written":  # then only the validation samples
-        others += ("temperature", "max_new_tokens", "max_sampled_tokens")
+        others += ("temperature", "max_new_tokens", "max_sampled_tokens", "failure_tries")
     flags = {f"stage {stage} --{name}": value for name, value in vars(args).items() if name not in others}
     return {**before.flags, **flags, "trainings": before.flags.get("trainings", 0) + 1}
 

@@ -8014,7 +8014,7 @@ def test_a_model_keeps_the_flags_of_both_stages(recorded):
     assert after["flags"]["stage 2 --temperature"] == 0.7
     for stage, flags in ((1, before["flags"]), (2, after["flags"])):
         assert flags.keys() >= {f"stage {stage} --{name}" for name in ("lr", "steps", "categories")}
-        for name in ("seed", "out", "model", "kv_gb", "save_every", "dtype"):
+        for name in ("seed", "out", "model", "kv_gb", "save_every", "dtype", "call_format", "thinking"):
             assert f"stage {stage} --{name}" not in flags
     assert "stage 1 --temperature" not in before["flags"]  # it samples nothing
 
