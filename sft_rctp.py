@@ -1293,7 +1293,9 @@ def check_kv_cache(policy, tasks, make_env, args):
     limits = sampling(args)
     del limits["reward"]
     envs = [make_env(task) for task in tasks]
-    Sampler(policy, **limits).add_requests(envs, ["high"] * len(envs), [(task.id,) for task in tasks])
+    envs.sort(key=lambda env: len(policy.chat.render_prompt(env.messages(), "high")))
+    ends = envs[:1] + envs[-1:]  # the shortest prompt needs the longest slot
+    Sampler(policy, **limits).add_requests(ends, ["high"] * len(ends), [(0,)] * len(ends))
 
 
 def validate(policy, tasks, reward_tokens, make_env, args, distributed):

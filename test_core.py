@@ -6492,9 +6492,20 @@ def test_a_small_cache_is_refused_before_the_first_step():
     policy = tiny_policy()
     sft_rctp.free_weights(policy.model)
 
-    with pytest.raises(BfclError, match="--kv_gb 0.001 does not hold one conversation"):
-        sft_rctp.check_kv_cache(policy, [ToyEnv("a")], lambda task: task, given(kv_gb=0.001))
-    sft_rctp.check_kv_cache(policy, [ToyEnv("a")], lambda task: task, given())
+    envs = [ToyEnv("a"), ToyEnv("b" * 900), ToyEnv("c")]  # with a short, a long and the shortest prompt
+    lengths = [len(policy.chat.render_prompt(env.messages(), "high")) for env in envs]
+    assert lengths[1] > 2 * lengths[0] > 2 * lengths[2]
+
+    def check(kv_gb):
+        sft_rctp.check_kv_cache(policy, envs, lambda task: task, given(kv_gb=kv_gb))
+
+    # Enough for the slot and the prefix of the long prompt, or of the shortest one, not for both together.
+    blocks = -(-lengths[1] // R.PREFIX_BLOCK)
+    tokens = 2000 - lengths[1] + blocks * R.PREFIX_BLOCK + 300
+    with pytest.raises(BfclError, match="does not hold one conversation"):
+        check(tokens * 512 / 2**30)  # 512 bytes per token
+    check(2 * tokens * 512 / 2**30)
+    sft_rctp.check_kv_cache(policy, [], lambda task: task, given())
 
 
 def test_no_training_data_is_an_error(distributed, tmp_path):
