@@ -1484,12 +1484,13 @@ def make_policy(name, model, tokenizer, thinking=None, check=True) -> Policy:
         check: compare the three attention layouts with the model's own forward.
     """
     check_architecture(name, model)
-    check_tokenizer(name, model, tokenizer)
     stage_info = read_stage_info(name)
     thinking = resolve_thinking(name, stage_info, thinking)
+    rows = model.get_input_embeddings().weight.shape[0]
     add_reward_tokens(model, tokenizer)
     ends = np.atleast_1d(model.generation_config.eos_token_id).tolist()
     chat = Chat(tokenizer, thinking, stage_info.date or DATE, ends)
+    check_tokenizer(name, rows, tokenizer, chat)
     reward_ids = {kind: tokenizer.convert_tokens_to_ids(text) for kind, text in REWARD_TOKENS.items()}
     if stage_info.stage:
         trained_with = (stage_info.reward_ids, stage_info.prompt_sha256)
@@ -1539,16 +1540,20 @@ def check_architecture(name, model):
                         "a head that is one matrix are served; take one such as Llama, Qwen2 or Qwen3")
 
 
-def check_tokenizer(name, model, tokenizer):
-    """Refuse a tokenizer that belongs to a model with more embeddings.
+def check_tokenizer(name, rows, tokenizer, chat):
+    """Refuse a tokenizer of another model: one whose plain text or template needs ids without an embedding.
+
+    Tokens that were added for other uses, such as Gemma 3's for images, may have none.
 
     Raises:
         BfclError: with both numbers.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
-    ids = [i for text, i in tokenizer.get_vocab().items() if text not in REWARD_TOKENS.values()]
-    if max(ids) >= rows:
-        raise BfclError(f"{name}: its tokenizer has ids up to {max(ids)}, but it has embeddings for {rows} "
+    added = tokenizer.get_added_vocab()
+    plain = [i for text, i in tokenizer.get_vocab().items() if text not in added]
+    prompt = chat.render_prompt([{"role": "user", "content": "x"}], None)
+    largest = max(*plain, *prompt, *chat.stop_ids)
+    if largest >= rows:
+        raise BfclError(f"{name}: its tokenizer has ids up to {largest}, but it has embeddings for {rows} "
                         "ids alone: take the tokenizer that belongs to these weights")
 
 

@@ -1023,12 +1023,22 @@ def test_a_tokenizer_with_one_reward_token_gets_the_other(tmp_path):
     assert not torch.equal(high, low)
 
 
-def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+@pytest.mark.parametrize("rows", [200, 258])
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, rows):
     """Its ids beyond the weights would get new, random embeddings, in silence."""
-    save_model(tmp_path, vocab_size=200)
+    save_model(tmp_path, vocab_size=rows)
 
-    with pytest.raises(BfclError, match="ids up to 258, but it has embeddings for 200 ids alone"):
+    with pytest.raises(BfclError, match=f"ids up to 258, but it has embeddings for {rows} ids alone"):
         load_policy(str(tmp_path), torch.float32)
+
+
+def test_a_token_for_images_needs_no_embedding(tmp_path):
+    """Gemma 3's text models have such a token, and would be refused."""
+    save_model(tmp_path, tokenizer=tokenizer_with("<image>"), vocab_size=259)
+
+    policy = load_policy(str(tmp_path), torch.float32)
+
+    assert policy.reward_ids == {"high": 260, "low": 261}
 
 
 def test_an_adapter_is_refused(tmp_path):
